@@ -1,0 +1,22 @@
+"""Errors whose message is written for the person who started the server.
+
+Each message is one sentence: what is wrong, the numbers, and the nearest setting that works.
+Callers print the message alone; a stack trace adds nothing for a mistake in a configuration or a
+checkpoint.
+"""
+
+
+class MinimaxError(Exception):
+    """Base of every error that this package raises for a user to read."""
+
+
+class ConfigError(MinimaxError):
+    """The model configuration is not a MiniMax-M2 that we can run."""
+
+
+class TopologyError(MinimaxError):
+    """The model cannot be divided over the requested ranks."""
+
+
+class LoadError(MinimaxError):
+    """The checkpoint does not fill the model exactly once."""

@@ -1,0 +1,122 @@
+"""What we declare and refuse while SGLang resolves a server's arguments."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from sglang_minimax import ARCHITECTURE
+
+logger = logging.getLogger(__name__)
+
+Step = Callable[[Any], None]
+
+
+def register_overrides() -> None:
+    """Declare our argument values for MiniMax-M2 after SGLang's own; the last one counts."""
+    from sglang.srt.arg_groups.model_override_base import register_model_override
+
+    register_model_override(ARCHITECTURE)(leave_tf32_to_the_user)
+
+
+def leave_tf32_to_the_user(server_args: Any, hf_config: Any) -> dict[str, Any]:
+    """TF32 only when `--enable-tf32-matmul` asks for it.
+
+    SGLang switches it on for the whole process whatever the user said. With 256 experts, a
+    sigmoid and a bias, ten bits of mantissa in the router's product change which experts are
+    chosen.
+    """
+    asked = bool(server_args.enable_tf32_matmul)
+    if not asked:
+        logger.info("sglang-minimax keeps TF32 off, so that the router is exact fp32")
+    return {"enable_tf32_matmul": asked}
+
+
+def register_launch_checks() -> None:
+    """Wrap two steps of SGLang's argument pipeline with our checks."""
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    register_resolution_hook("handle_model_specific_adjustments")(check_config_first)
+    # Before SGLang's own assertions about sizes, and again when backends have had their say:
+    # an all-to-all backend sets the expert-parallel size.
+    register_resolution_hook("handle_data_parallelism")(check_launch_early)
+    register_resolution_hook("handle_load_format")(check_launch)
+
+
+def check_config_first(server_args: Any, previous: Step) -> None:
+    """Read the model's configuration before SGLang decides anything by it."""
+    if is_ours(server_args):
+        _architecture_of(server_args)
+    previous(server_args)
+
+
+def check_launch_early(server_args: Any, previous: Step) -> None:
+    """`check_launch`, unless a step that is still to come changes the sizes."""
+    if is_ours(server_args) and launch_of(server_args).moe_a2a_backend == "none":
+        refuse_unsupported(server_args)
+    previous(server_args)
+
+
+def check_launch(server_args: Any, previous: Step) -> None:
+    """Refuse what this model cannot do at the asked topology."""
+    if is_ours(server_args):
+        refuse_unsupported(server_args)
+    previous(server_args)
+
+
+def refuse_unsupported(server_args: Any) -> None:
+    """Raise SystemExit with one sentence for each reason not to start."""
+    from sglang_minimax.support import refusals
+
+    if reasons := refusals(_architecture_of(server_args), launch_of(server_args)):
+        raise SystemExit("\n".join(f"sglang-minimax: {reason}" for reason in reasons))
+
+
+def is_ours(server_args: Any) -> bool:
+    """Whether the configured model is MiniMax-M2. Stops the process if the plugin is not whole."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    from sglang_minimax import plugin
+
+    architectures = model_config_of(server_args).hf_config.architectures or []
+    if ARCHITECTURE not in architectures:
+        return False
+    plugin.require_healthy()
+    return True
+
+
+def launch_of(server_args: Any) -> Any:
+    """The arguments that bear on what is supported, resolved as far as SGLang has come."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
+
+    from sglang_minimax.support import Launch
+
+    cfg = resolving_view(server_args)
+    attention_dp = cfg.attn_dp_size
+    return Launch(
+        tp=cfg.tp_size,
+        dp=attention_dp,
+        ep=cfg.ep_size,
+        pp=cfg.pp_size,
+        attention_cp=cfg.attn_cp_size,
+        enable_dp_attention=attention_dp > 1,
+        enable_two_batch_overlap=cfg.enable_two_batch_overlap,
+        enable_single_batch_overlap=cfg.enable_single_batch_overlap,
+        ep_redundant=cfg.ep_num_redundant_experts,
+        speculative_algorithm=cfg.speculative_algorithm,
+        quantization=model_config_of(server_args).quantization,
+        moe_a2a_backend=cfg.moe_a2a_backend,
+    )
+
+
+def _architecture_of(server_args: Any) -> Any:
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    from sglang_minimax.config import Architecture
+    from sglang_minimax.errors import MinimaxError
+
+    try:
+        return Architecture.from_config(model_config_of(server_args).hf_config)
+    except MinimaxError as error:
+        raise SystemExit(f"sglang-minimax: {error}") from error

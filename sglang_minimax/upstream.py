@@ -1,0 +1,236 @@
+"""Every place where we reach into SGLang beyond plain imports: what, why, and when it can go.
+
+`PATCHES` replace a symbol, `REGISTRATIONS` use a registry that SGLang offers for the purpose.
+Both are data; `plugin.py` attaches them right after their module is imported, `doctor` lists
+them, and `tests/contract` resolves each target against the pinned release. Plain imports are
+found by reading our own source (`imported_symbols`), so that list cannot go stale. Signatures
+as of the pinned release are in `upstream_signatures.json` (written by
+`python -m sglang_minimax.upstream`).
+
+The standard library only, apart from the functions that say otherwise.
+"""
+
+from __future__ import annotations
+
+import ast
+import enum
+import importlib
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGE_ROOT = Path(__file__).parent
+SIGNATURES_FILE = PACKAGE_ROOT / "upstream_signatures.json"
+
+
+class Scope(enum.Enum):
+    """When an entry is attached."""
+
+    MODEL = "every process; acts only when the model is MiniMax-M2"
+    CPU = "only where our CPU platform is the active one"
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One SGLang symbol that we replace.
+
+    target: `module:qualified.name` of the symbol.
+    replacement: `module:function` of ours; called with the original, returns what takes its place.
+    why, how: the defect or wall, and what the replacement does.
+    upstream: issue, pull request or source line that shows the need, None if nothing is filed.
+    exit: the event after which the entry can be deleted.
+    """
+
+    target: str
+    replacement: str
+    scope: Scope
+    why: str
+    how: str
+    upstream: str | None
+    exit: str
+
+    @property
+    def module(self) -> str:
+        return self.target.partition(":")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """Something added to one of SGLang's own registries, once `module` has been imported.
+
+    run: `module:function` of ours, called without arguments.
+    registry: `module:name` of SGLang's registrar that `run` uses, for the contract test.
+    """
+
+    module: str
+    run: str
+    registry: str
+    scope: Scope
+    why: str
+
+    @property
+    def target(self) -> str:
+        return self.registry
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        target="sglang.srt.models.registry:_ModelRegistry.resolve_model_cls",
+        replacement="sglang_minimax.patches.model_registry:resolve_ours_first",
+        scope=Scope.MODEL,
+        why="the registry holds the in-tree class, and plugin failures would leave it there",
+        how="puts our class in when MiniMax-M2 is asked for, and stops the process if it cannot",
+        upstream="sglang.srt.plugins logs and ignores exceptions of plugins",
+        exit="when SGLang lets a plugin own an architecture lazily and fail loudly",
+    ),
+    Patch(
+        target="sglang.srt.plugins:load_plugins_by_group",
+        replacement="sglang_minimax.patches.plugin_loading:always_load_ours",
+        scope=Scope.MODEL,
+        why="SGLANG_PLUGINS and SGLANG_PLATFORM drop whole distributions, ours among them",
+        how="exempts our own entry points from both filters; SGLANG_MINIMAX=0 is the off switch",
+        upstream="sglang#38464 (processes that never load plugins)",
+        exit="when the filters apply to the plugins they name only",
+    ),
+    Patch(
+        target="sglang.srt.managers.scheduler:Scheduler.__init__",
+        replacement="sglang_minimax.patches.launch_errors:one_sentence",
+        scope=Scope.MODEL,
+        why="a user's mistake found while loading ends in a stack trace from every rank",
+        how="logs the sentence of a MinimaxError and leaves with a status of its own",
+        upstream=None,
+        exit="when SGLang has an exception for launch errors without a stack trace",
+    ),
+    Patch(
+        target="sglang.srt.entrypoints.engine:_scheduler_died_error",
+        replacement="sglang_minimax.patches.launch_errors:stop_quietly",
+        scope=Scope.MODEL,
+        why="the parent adds a second stack trace and a guess about the OOM killer",
+        how="exits 1 without a trace when the child left with our status",
+        upstream=None,
+        exit="with the entry above",
+    ),
+)
+
+REGISTRATIONS: tuple[Registration, ...] = (
+    Registration(
+        module="sglang.srt.arg_groups.overrides",
+        run="sglang_minimax.patches.arguments:register_overrides",
+        registry="sglang.srt.arg_groups.model_override_base:register_model_override",
+        scope=Scope.MODEL,
+        why="in-tree switches TF32 on for the whole process, whatever the user said",
+    ),
+    Registration(
+        module="sglang.srt.arg_groups.resolution_hooks",
+        run="sglang_minimax.patches.arguments:register_launch_checks",
+        registry="sglang.srt.arg_groups.resolution_hooks:register_resolution_hook",
+        scope=Scope.MODEL,
+        why="what a topology or format cannot do is refused while arguments are checked",
+    ),
+)
+
+
+def entries() -> tuple[Patch | Registration, ...]:
+    """Every entry, in the order in which it is attached."""
+    from sglang_minimax.platforms.cpu.upstream import CPU_PATCHES
+
+    return (*PATCHES, *REGISTRATIONS, *CPU_PATCHES)
+
+
+def resolve(target: str) -> tuple[Any, str, Any]:
+    """Import `module:a.b` and return (owner of b, "b", the raw attribute).
+
+    The raw attribute is the one in the owner's `__dict__` where there is one, so that a
+    classmethod or staticmethod is seen as such. Raises ImportError or AttributeError.
+    """
+    module_name, _, path = target.partition(":")
+    owner: Any = importlib.import_module(module_name)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    value = vars(owner).get(name, None) if hasattr(owner, "__dict__") else None
+    return owner, name, value if value is not None else getattr(owner, name)
+
+
+def imported_symbols() -> Iterator[str]:
+    """Yield `module:name` for each `from sglang... import name` in our own packages."""
+    seen: set[str] = set()
+    for path in sorted(PACKAGE_ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.level or not node.module:
+                continue
+            if node.module.split(".")[0] != "sglang":
+                continue
+            for alias in node.names:
+                symbol = f"{node.module}:{alias.name}"
+                if symbol not in seen:
+                    seen.add(symbol)
+                    yield symbol
+
+
+def signature_of(target: str) -> str:
+    """A comparable description of an SGLang symbol: its signature, or its kind.
+
+    A class is described by its constructor. Default values that are objects are reduced to
+    their type, so that addresses do not make two runs differ.
+    """
+    module_name, _, path = target.partition(":")
+    value: Any = importlib.import_module(module_name)
+    for name in path.split("."):
+        try:
+            value = getattr(value, name)
+        except AttributeError:  # `from package import submodule`
+            value = importlib.import_module(f"{module_name}.{name}")
+    value = getattr(value, "__sglang_original__", value)
+    if inspect.ismodule(value):
+        return "module"
+    if not callable(value):
+        return f"value of type {type(value).__name__}"
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):
+        return f"callable of type {type(value).__name__}"
+    return "(" + ", ".join(_parameter(p) for p in signature.parameters.values()) + ")"
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+    default = parameter.default
+    if default is inspect.Parameter.empty:
+        return _star(parameter) + parameter.name
+    simple = isinstance(default, (bool, int, float, str, type(None)))
+    return f"{parameter.name}={default!r}" if simple else f"{parameter.name}=<{type(default).__name__}>"
+
+
+def _star(parameter: inspect.Parameter) -> str:
+    return {
+        inspect.Parameter.VAR_POSITIONAL: "*",
+        inspect.Parameter.VAR_KEYWORD: "**",
+    }.get(parameter.kind, "")
+
+
+def tracked_symbols() -> list[str]:
+    """Every SGLang symbol this package depends on, sorted."""
+    return sorted({*imported_symbols(), *(entry.target for entry in entries())})
+
+
+def recorded_signatures() -> dict[str, str]:
+    """The signatures of the supported release, as recorded in this package."""
+    return json.loads(SIGNATURES_FILE.read_text(encoding="utf-8"))
+
+
+def current_signatures() -> dict[str, str]:
+    """The signatures of the installed SGLang; a symbol that is gone maps to "missing: ..."."""
+    found = {}
+    for symbol in tracked_symbols():
+        try:
+            found[symbol] = signature_of(symbol)
+        except (ImportError, AttributeError) as error:
+            found[symbol] = f"missing: {error}"
+    return found
+
+
+if __name__ == "__main__":
+    SIGNATURES_FILE.write_text(json.dumps(current_signatures(), indent=1, sort_keys=True) + "\n")
