@@ -1,0 +1,1 @@
+"""Run SGLang's real engine and compare what it computes with transformers."""

@@ -1,0 +1,160 @@
+"""SGLang engines in forked processes: imports are paid once, and no engine sees another's state.
+
+SGLang keeps its configuration in module globals, so that one process can hold one engine in its
+life. `EngineProcess` forks a child after the imports, builds the engine there, and passes method
+calls through a pipe. Each rank computes on one thread: OpenMP's threads do not survive a fork, and
+a child that counts on those of its parent waits forever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+_FORK = multiprocessing.get_context("fork")
+
+
+class EngineFailed(RuntimeError):
+    """The engine did not start, or a call failed; `log` is what the process had printed."""
+
+    def __init__(self, message: str, log: str = "", exit_code: int | None = None) -> None:
+        super().__init__(f"{message}\n{log[-3000:]}" if log else message)
+        self.log = log
+        self.exit_code = exit_code
+
+
+class EngineProcess:
+    """One SGLang `Engine` with the given arguments, in a process of its own.
+
+    before: called in the child before the engine is built; what it patches is inherited by the
+    ranks, which are forked in their turn.
+    """
+
+    def __init__(
+        self, *, before: Callable[[], None] | None = None, timeout: float = 120.0, **arguments: Any
+    ) -> None:
+        preload()
+        self._timeout = timeout
+        self._log = tempfile.NamedTemporaryFile(prefix="engine-", suffix=".log")  # noqa: SIM115
+        self._connection, far_end = _FORK.Pipe()
+        self._process = _FORK.Process(
+            target=_serve, args=(far_end, self._log.name, before, arguments), daemon=False
+        )
+        self._process.start()
+        far_end.close()
+        try:
+            self._receive("the engine did not start")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def log(self) -> str:
+        """What the engine and its ranks have printed so far."""
+        return Path(self._log.name).read_text(errors="replace")
+
+    def generate(self, **arguments: Any) -> Any:
+        """`Engine.generate(**arguments)`, in the child."""
+        return self.call("generate", **arguments)
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """Call any method of the engine. Raises EngineFailed with its message if it raises."""
+        self._connection.send((method, arguments))
+        return self._receive(f"{method} failed")
+
+    def ranks(self) -> list[psutil.Process]:
+        """The engine's scheduler processes."""
+        family = psutil.Process(self._process.pid).children(recursive=True)
+        return [process for process in family if "scheduler" in " ".join(process.cmdline())]
+
+    def close(self) -> None:
+        """Shut the engine down and leave no process behind."""
+        family: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self._process.pid).children(recursive=True)
+        with contextlib.suppress(OSError, ValueError):
+            self._connection.send(None)
+        self._process.join(20)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=5)
+        self._connection.close()
+        self._log.close()
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _receive(self, what: str) -> Any:
+        if not self._connection.poll(self._timeout):
+            raise EngineFailed(f"{what}: no answer within {self._timeout:.0f} s", self.log)
+        try:
+            kind, value = self._connection.recv()
+        except EOFError:
+            self._process.join(10)
+            status = self._process.exitcode
+            raise EngineFailed(f"{what}: exit status {status}", self.log, status) from None
+        if kind == "error":
+            raise EngineFailed(f"{what}: {value}", self.log)
+        return value
+
+
+def preload() -> None:
+    """Import what every engine needs, once for all of them."""
+    importlib.import_module("sglang.srt.entrypoints.engine")
+    from sglang_minimax.platforms import choice
+
+    if choice.cpu_platform_chosen():
+        from sglang_minimax.platforms.cpu.patches import import_what_children_need
+
+        import_what_children_need()
+
+
+def _serve(
+    connection: Connection,
+    log: str,
+    before: Callable[[], None] | None,
+    arguments: dict[str, Any],
+) -> None:
+    """The child: build the engine, then answer calls until told to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    if before is not None:
+        before()
+    from sglang.srt.entrypoints.engine import Engine
+
+    engine = Engine(**arguments)
+    connection.send(("ready", None))
+    while (request := connection.recv()) is not None:
+        method, keywords = request
+        try:
+            connection.send(("value", getattr(engine, method)(**keywords)))
+        except Exception as error:
+            traceback.print_exc()
+            connection.send(("error", f"{type(error).__name__}: {error}"))
+    engine.shutdown()
