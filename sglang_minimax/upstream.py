@@ -155,20 +155,20 @@ def resolve(target: str) -> tuple[Any, str, Any]:
     return owner, name, value if value is not None else getattr(owner, name)
 
 
-def imported_symbols() -> Iterator[str]:
-    """Yield `module:name` for each `from sglang... import name` in our own packages."""
-    seen: set[str] = set()
-    for path in sorted(PACKAGE_ROOT.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or node.level or not node.module:
-                continue
-            if node.module.split(".")[0] != "sglang":
-                continue
-            for alias in node.names:
-                symbol = f"{node.module}:{alias.name}"
-                if symbol not in seen:
-                    seen.add(symbol)
-                    yield symbol
+def imported_symbols() -> set[str]:
+    """`module:name` for each `from sglang... import name` in this package."""
+    return {symbol for path in PACKAGE_ROOT.rglob("*.py") for symbol in symbols_in(path)}
+
+
+def symbols_in(path: Path) -> Iterator[str]:
+    """Yield `module:name` for each import from SGLang in one source file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (f"{a.name}:" for a in node.names if a.name.split(".")[0] == "sglang")
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            module = node.module or ""
+            if module.split(".")[0] == "sglang":
+                yield from (f"{module}:{alias.name}" for alias in node.names)
 
 
 def signature_of(target: str) -> str:
@@ -200,15 +200,15 @@ def _parameter(parameter: inspect.Parameter) -> str:
     default = parameter.default
     if default is inspect.Parameter.empty:
         return _star(parameter) + parameter.name
-    simple = isinstance(default, (bool, int, float, str, type(None)))
-    return f"{parameter.name}={default!r}" if simple else f"{parameter.name}=<{type(default).__name__}>"
+    if isinstance(default, (bool, int, float, str, type(None))):
+        return f"{parameter.name}={default!r}"
+    return f"{parameter.name}=<{type(default).__name__}>"
 
 
 def _star(parameter: inspect.Parameter) -> str:
-    return {
-        inspect.Parameter.VAR_POSITIONAL: "*",
-        inspect.Parameter.VAR_KEYWORD: "**",
-    }.get(parameter.kind, "")
+    if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+        return "*"
+    return "**" if parameter.kind is inspect.Parameter.VAR_KEYWORD else ""
 
 
 def tracked_symbols() -> list[str]:

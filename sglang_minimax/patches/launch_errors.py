@@ -33,7 +33,9 @@ def one_sentence(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def stop_quietly(original: Callable[[int, Any], RuntimeError]) -> Callable[[int, Any], RuntimeError]:
+def stop_quietly(
+    original: Callable[[int, Any], RuntimeError],
+) -> Callable[[int, Any], RuntimeError]:
     """Wrap `_scheduler_died_error(rank, proc)`: no trace when the rank has said it all."""
 
     @functools.wraps(original)

@@ -40,7 +40,7 @@ class MinimaxCpuPlatform(CpuDeviceMixin, SRTPlatform):
     device_type = "cpu"
     capabilities = PlatformCapabilities()
 
-    def get_device(self, device_id: int | None = 0) -> str:  # type: ignore[override]
+    def get_device(self, device_id: int | None = 0) -> str:
         # SGLang compares the answer with the string "cpu".
         return "cpu"
 
