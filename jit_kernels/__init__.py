@@ -1,0 +1,1 @@
+"""Operators of MiniMax-M2, usable without SGLang: one folder each, reference beside kernels."""

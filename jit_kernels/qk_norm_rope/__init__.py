@@ -1,0 +1,1 @@
+"""QK RMSNorm over an attention-TP group, with an optional partial rotation."""

@@ -1,0 +1,1 @@
+"""The layers of MiniMax-M2 on SGLang's building blocks."""
