@@ -1,0 +1,144 @@
+"""What is refused at launch, and that the remedy in each sentence is accepted."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from sglang_minimax.config import Architecture
+from sglang_minimax.support import Launch, refusals
+
+FP8 = Architecture.from_config(
+    {"head_dim": 128, "quantization_config": {"weight_block_size": [128, 128]}}
+)
+BF16 = Architecture.from_config({"head_dim": 128})
+
+
+def only(arch: Architecture, **arguments) -> str:
+    (sentence,) = refusals(arch, Launch(**arguments))
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    return sentence
+
+
+ACCEPTED = [
+    {},
+    {"tp": 4},
+    {"tp": 8, "ep": 8},
+    {"tp": 8, "ep": 2},
+    {"tp": 8, "dp": 8, "enable_dp_attention": True, "ep": 8},
+    {"tp": 16, "ep": 16},
+    {"tp": 16, "dp": 4, "enable_dp_attention": True, "ep": 16},
+    {"tp": 4, "pp": 62},
+    {"tp": 4, "speculative_algorithm": "EAGLE3"},
+    {"tp": 4, "quantization": "fp8"},
+    {"tp": 4, "dp": 3},
+    {"tp": 16, "attention_cp": 2, "ep": 16},
+    {"tp": 8, "ep": 8, "ep_redundant": 32, "moe_a2a_backend": "deepep"},
+]
+
+
+@pytest.mark.parametrize("arguments", ACCEPTED, ids=str)
+def test_accepted(arguments):
+    assert refusals(FP8, Launch(**arguments)) == []
+
+
+def test_bf16_has_no_blocks_to_cut():
+    assert refusals(BF16, Launch(tp=8)) == []
+    assert refusals(BF16, Launch(tp=16)) == []
+
+
+def test_fp8_at_tp8_names_the_rows_and_both_ways_out():
+    assert only(FP8, tp=8) == (
+        "expert width 1536 over MoE-TP 8 leaves 192 rows a rank, which cuts a 128-row FP8 block; "
+        "use --ep-size 8 or --tp-size 4."
+    )
+
+
+def test_illegal_attention_sizes_name_the_nearest_and_the_data_parallel_way():
+    sentence = only(BF16, tp=12)
+    assert "nearest sizes that do: 8 or 16." in sentence
+    assert "--enable-dp-attention --dp-size 3" in sentence
+    assert refusals(BF16, Launch(tp=12, dp=3, enable_dp_attention=True)) == []
+
+
+def test_data_parallel_attention_changes_the_size_that_counts():
+    # 32 ranks cannot share 48 heads, 32 / 2 can; replicas without the flag divide nothing.
+    assert "32" in only(BF16, tp=32, ep=32)
+    assert refusals(BF16, Launch(tp=32, ep=32, dp=2, enable_dp_attention=True)) == []
+    assert refusals(BF16, Launch(tp=32, ep=32, dp=2)) != []
+    assert "--dp-size that divides 8" in only(BF16, tp=8, dp=3, enable_dp_attention=True)
+
+
+def test_experts_that_do_not_divide():
+    assert "--ep-size 4" in only(BF16, tp=12, dp=12, enable_dp_attention=True, ep=5)
+    sentence = only(BF16, tp=24, ep=24)
+    assert "24 does not divide 256 experts" in sentence
+    assert "--ep-size 16, or add 8 to --ep-num-redundant-experts" in sentence
+    assert refusals(BF16, Launch(tp=24, ep=24, ep_redundant=8)) == []
+
+
+def test_expert_width_that_does_not_divide():
+    wide = replace(BF16, expert_width=1000)
+    assert "1000 is not divisible over 16 ranks; use --ep-size 16 or --tp-size 8." in only(
+        wide, tp=16
+    )
+
+
+def test_an_expert_that_is_no_whole_number_of_blocks_needs_another_checkpoint():
+    assert "use a BF16 checkpoint" in only(replace(FP8, expert_width=200), tp=1)
+
+
+def test_small_heads_may_cut_a_block():
+    small = replace(FP8, head_dim=32, num_heads=16, num_kv_heads=4)
+    assert refusals(small, Launch()) == []
+    assert "leaves 64 rows of k_proj and v_proj a rank" in only(small, tp=2)
+
+
+def test_pipeline():
+    assert "--pp-size 62 or less" in only(BF16, pp=63)
+    for algorithm in ("EAGLE3", "eagle3", "DFLASH"):
+        assert "--pp-size 1" in only(BF16, pp=2, speculative_algorithm=algorithm)
+    assert refusals(BF16, Launch(pp=2)) == []
+
+
+def test_overlap_and_formats():
+    assert "without --enable-two-batch-overlap" in only(BF16, enable_two_batch_overlap=True)
+    assert "without --enable-single-batch-overlap" in only(BF16, enable_single_batch_overlap=True)
+    assert "awq" in only(BF16, quantization="awq")
+
+
+def test_several_reasons_are_all_said():
+    assert len(refusals(FP8, Launch(tp=5, pp=99, enable_two_batch_overlap=True))) == 4
+
+
+@pytest.mark.parametrize("option", ["tp", "dp", "ep", "pp"])
+def test_no_ranks(option):
+    assert any(f"--{option}-size 0" in said for said in refusals(BF16, Launch(**{option: 0})))
+
+
+@pytest.mark.parametrize("arch", [FP8, BF16], ids=["fp8", "bf16"])
+def test_every_remedy_in_a_sentence_about_experts_works(arch):
+    """Over all small topologies: what a refusal proposes is itself accepted."""
+    tried = 0
+    for tp in range(1, 49):
+        for ep in range(1, tp + 1):
+            launch = Launch(tp=tp, ep=ep, dp=tp, enable_dp_attention=True)
+            for sentence in refusals(arch, launch):
+                if found := re.search(r"use --ep-size (\d+)( or|\.)", sentence):
+                    proposed = replace(launch, ep=int(found[1]))
+                    remaining = refusals(arch, proposed)
+                    # The first obstacle is gone; the next one, if any, is another one.
+                    assert sentence not in remaining
+                    tried += 1
+    assert tried > 100
+
+
+@pytest.mark.parametrize("arch", [FP8, BF16], ids=["fp8", "bf16"])
+def test_every_proposed_tp_size_is_accepted(arch):
+    for tp in range(1, 65):
+        for sentence in refusals(arch, Launch(tp=tp)):
+            if found := re.search(r"or --tp-size (\d+)\.$", sentence):
+                assert refusals(arch, Launch(tp=int(found[1]))) == []
