@@ -77,9 +77,7 @@ class _PostImportFinder(importlib.abc.MetaPathFinder):
         # Watched modules whose import had begun before the watch did.
         for name in [name for name in self.watched if name in sys.modules]:
             module = sys.modules[name]
-            if not _initializing(module) and not isinstance(
-                module.__loader__, _NotifyingLoader
-            ):
+            if not _initializing(module) and not isinstance(module.__loader__, _NotifyingLoader):
                 self.notify(module)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -35,7 +35,7 @@ def version() -> None:
 
 @app.command()
 def doctor(
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check versions, platform, model class, kernels and hooks; exit 1 if something matters."""
     # Imported here: the check imports SGLang, `--help` should not.
@@ -52,9 +52,9 @@ def doctor(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
-    model: Path = typer.Option(TINY_M2, help="Checkpoint folder."),
-    host: str = typer.Option("127.0.0.1", help="Address to listen on."),
-    port: int = typer.Option(30000, help="Port to listen on."),
+    model: Annotated[Path, typer.Option(help="Checkpoint folder.")] = TINY_M2,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 30000,
 ) -> None:
     """Run SGLang's server with the bundled tiny-m2; further options go to SGLang."""
     from sglang_minimax.cli.serve import serve as run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def serve(model: Path, host: str, port: int, arguments: Sequence[str]) -> int:
 
 def curl_line(url: str) -> str:
     """A shell line that asks the server at `url` a question it can answer."""
-    body = '{"messages": [{"role": "user", "content": "%s"}], "temperature": 0}' % QUESTION
+    body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "temperature": 0})
     return (
         f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n  -d '{body}'"
     )

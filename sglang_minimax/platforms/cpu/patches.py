@@ -64,14 +64,22 @@ def fork_children(original: Callable[..., None]) -> Callable[..., None]:
     tokenizer, its sockets and its event loop after the children.
     """
 
+    method = os.environ.get(START_METHOD, "fork")
+    if method not in ("fork", "spawn"):
+        raise SystemExit(f"sglang-minimax: {START_METHOD} is {method!r}; use fork or spawn.")
+
     @functools.wraps(original)
     def _set_envs_and_config(server_args: Any) -> None:
         original(server_args)
-        multiprocessing.set_start_method("fork", force=True)
-        import_what_children_need()
+        if method == "fork":
+            multiprocessing.set_start_method("fork", force=True)
+            import_what_children_need()
 
     return _set_envs_and_config
 
+
+#: Environment variable: "fork" (the default on the CPU platform) or "spawn", as on a GPU.
+START_METHOD = "SGLANG_MINIMAX_START_METHOD"
 
 #: Imported by every scheduler process after it has started.
 CHILD_MODULES = (
