@@ -28,9 +28,9 @@ CAPTURING_ALGORITHMS = ("EAGLE3", "DFLASH", "DSPARK")
 class Launch:
     """The arguments that bear on what is supported.
 
-    tp, dp, ep, pp: --tp-size, --dp-size, --ep-size, --pp-size. dp divides the attention only where
-    enable_dp_attention is set; otherwise it counts independent replicas.
-    ep_redundant: --ep-num-redundant-experts. attention_cp: --attention-context-parallel-size.
+    tp, dp, ep, pp: --tp-size, --attn-dp-size, --ep-size, --pp-size. dp divides the attention only
+    where enable_dp_attention is set; otherwise it counts independent replicas.
+    ep_redundant: --ep-num-redundant-experts. attention_cp: --attn-cp-size.
     """
 
     tp: int = 1
@@ -58,7 +58,7 @@ def refusals(arch: Architecture, launch: Launch) -> list[str]:
 def _sizes(arch: Architecture, launch: Launch) -> Iterator[str]:
     for option, size in (
         ("--tp-size", launch.tp),
-        ("--dp-size", launch.dp),
+        ("--attn-dp-size", launch.dp),
         ("--ep-size", launch.ep),
         ("--pp-size", launch.pp),
     ):
@@ -73,7 +73,7 @@ def _attention(arch: Architecture, launch: Launch) -> Iterator[str]:
     if size is None:
         yield (
             f"--tp-size {launch.tp} cannot be divided into {_attention_parts(launch)} data- or "
-            f"context-parallel attention groups; use a --dp-size that divides {launch.tp}."
+            f"context-parallel attention groups; use an --attn-dp-size that divides {launch.tp}."
         )
         return
     refusal = attention_tp_refusal(arch.num_heads, arch.num_kv_heads, size)
@@ -101,10 +101,10 @@ def _attention_fits(arch: Architecture, launch: Launch) -> bool:
 
 
 def _data_parallel_remedy(arch: Architecture, launch: Launch) -> str:
-    """The smallest --dp-size that makes the attention fit on the same ranks, if there is one."""
+    """The smallest --attn-dp-size that makes the attention fit on the same ranks, if there is one."""
     for dp in range(2, launch.tp + 1):
         if _attention_fits(arch, replace(launch, dp=dp, enable_dp_attention=True)):
-            return f" With --enable-dp-attention --dp-size {dp} the same ranks fit."
+            return f" With --attn-dp-size {dp} the same ranks fit."
     return ""
 
 
@@ -221,8 +221,8 @@ def _overlap(arch: Architecture, launch: Launch) -> Iterator[str]:
 def _format(arch: Architecture, launch: Launch) -> Iterator[str]:
     if launch.quantization not in QUANTIZATIONS:
         yield (
-            f"quantization {launch.quantization} is not supported for MiniMax-M2 yet; "
-            "use the published FP8 checkpoint or a BF16 one."
+            f"quantization {launch.quantization} is not supported for MiniMax-M2 yet; use the "
+            "published FP8 checkpoint or a BF16 one, or set SGLANG_MINIMAX=0 for SGLang's own model."
         )
 
 

@@ -113,6 +113,18 @@ PATCHES: tuple[Patch, ...] = (
         upstream=None,
         exit="with the entry above",
     ),
+    Patch(
+        target=(
+            "sglang.srt.model_executor.model_runner_components.weight_updater:"
+            "WeightUpdater.update_weights_from_tensor"
+        ),
+        replacement="sglang_minimax.patches.weight_updates:answer_with_the_reason",
+        scope=Scope.MODEL,
+        why="a refused update by tensors ends the scheduler; by disk or group it is an answer",
+        how="answers (False, reason) for a MinimaxError, as the other two do",
+        upstream=None,
+        exit="when SGLang catches exceptions of this update as of the others",
+    ),
 )
 
 REGISTRATIONS: tuple[Registration, ...] = (

@@ -87,8 +87,8 @@ def _ask(client: Any, messages: list[dict[str, Any]], console: Console, **option
         console.print("[cyan]reasoning[/]", reasoning.strip())
     for call in reply.tool_calls or ():
         console.print("[magenta]tool call[/]", f"{call.function.name}({call.function.arguments})")
-    if reply.content:
-        console.print("[green]answer[/]", reply.content.strip(), markup=True)
+    if answer := (reply.content or "").strip():
+        console.print("[green]answer[/]", answer)
     return reply
 
 

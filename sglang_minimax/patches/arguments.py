@@ -67,9 +67,15 @@ def check_launch(server_args: Any, previous: Step) -> None:
 
 def refuse_unsupported(server_args: Any) -> None:
     """Raise SystemExit with one sentence for each reason not to start."""
+    from sglang_minimax.platforms import choice
+    from sglang_minimax.platforms.cpu import support as cpu_support
     from sglang_minimax.support import refusals
 
-    if reasons := refusals(_architecture_of(server_args), launch_of(server_args)):
+    launch = launch_of(server_args)
+    reasons = refusals(_architecture_of(server_args), launch)
+    if not reasons and choice.cpu_platform_chosen():
+        reasons = list(cpu_support.refusals(launch))
+    if reasons:
         raise SystemExit("\n".join(f"sglang-minimax: {reason}" for reason in reasons))
 
 

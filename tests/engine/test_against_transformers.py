@@ -141,7 +141,7 @@ ROUTING_NOISE = 0.02
 
 @pytest.mark.parametrize("checkpoint", ["tiny-m2", "hub"])
 def test_bf16_with_its_near_ties(start: StartEngine, oracles: Oracles, checkpoint: str) -> None:
-    """As close to exact arithmetic as transformers' bf16; every outlier has a near tie behind it."""
+    """As close to exact arithmetic as transformers' bf16; behind every outlier is a near tie."""
     engine, truth = start(checkpoint, dtype="bfloat16"), oracles(checkpoint)
     peer = oracles(checkpoint, torch.bfloat16)
     ours, theirs, explained, other = [], [], [], 0

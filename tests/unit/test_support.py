@@ -60,7 +60,7 @@ def test_fp8_at_tp8_names_the_rows_and_both_ways_out():
 def test_illegal_attention_sizes_name_the_nearest_and_the_data_parallel_way():
     sentence = only(BF16, tp=12)
     assert "nearest sizes that do: 8 or 16." in sentence
-    assert "--enable-dp-attention --dp-size 3" in sentence
+    assert "--attn-dp-size 3" in sentence
     assert refusals(BF16, Launch(tp=12, dp=3, enable_dp_attention=True)) == []
 
 
@@ -69,7 +69,7 @@ def test_data_parallel_attention_changes_the_size_that_counts():
     assert "32" in only(BF16, tp=32, ep=32)
     assert refusals(BF16, Launch(tp=32, ep=32, dp=2, enable_dp_attention=True)) == []
     assert refusals(BF16, Launch(tp=32, ep=32, dp=2)) != []
-    assert "--dp-size that divides 8" in only(BF16, tp=8, dp=3, enable_dp_attention=True)
+    assert "--attn-dp-size that divides 8" in only(BF16, tp=8, dp=3, enable_dp_attention=True)
 
 
 def test_experts_that_do_not_divide():
@@ -114,9 +114,10 @@ def test_several_reasons_are_all_said():
     assert len(refusals(FP8, Launch(tp=5, pp=99, enable_two_batch_overlap=True))) == 4
 
 
-@pytest.mark.parametrize("option", ["tp", "dp", "ep", "pp"])
-def test_no_ranks(option):
-    assert any(f"--{option}-size 0" in said for said in refusals(BF16, Launch(**{option: 0})))
+@pytest.mark.parametrize("field", ["tp", "dp", "ep", "pp"])
+def test_no_ranks(field):
+    option = {"dp": "--attn-dp-size"}.get(field, f"--{field}-size")
+    assert any(f"{option} 0" in said for said in refusals(BF16, Launch(**{field: 0})))
 
 
 @pytest.mark.parametrize("arch", [FP8, BF16], ids=["fp8", "bf16"])
