@@ -101,7 +101,7 @@ def _attention_fits(arch: Architecture, launch: Launch) -> bool:
 
 
 def _data_parallel_remedy(arch: Architecture, launch: Launch) -> str:
-    """The smallest --attn-dp-size that makes the attention fit on the same ranks, if there is one."""
+    """The smallest --attn-dp-size that makes the attention fit these ranks, if there is one."""
     for dp in range(2, launch.tp + 1):
         if _attention_fits(arch, replace(launch, dp=dp, enable_dp_attention=True)):
             return f" With --attn-dp-size {dp} the same ranks fit."
@@ -222,7 +222,8 @@ def _format(arch: Architecture, launch: Launch) -> Iterator[str]:
     if launch.quantization not in QUANTIZATIONS:
         yield (
             f"quantization {launch.quantization} is not supported for MiniMax-M2 yet; use the "
-            "published FP8 checkpoint or a BF16 one, or set SGLANG_MINIMAX=0 for SGLang's own model."
+            "published FP8 checkpoint or a BF16 one, or set SGLANG_MINIMAX=0 to serve this one with "
+            "SGLang's own model."
         )
 
 

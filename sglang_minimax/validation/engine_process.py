@@ -124,7 +124,7 @@ def preload() -> None:
     from sglang_minimax.platforms import choice
 
     if choice.cpu_platform_chosen():
-        from sglang_minimax.platforms.cpu.patches import import_what_children_need
+        from sglang_minimax.platforms.cpu.forking import import_what_children_need
 
         import_what_children_need()
 

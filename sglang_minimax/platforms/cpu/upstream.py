@@ -37,7 +37,7 @@ CPU_PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         target="sglang.srt.entrypoints.engine:_set_envs_and_config",
-        replacement=f"{_MODULE}:fork_children",
+        replacement="sglang_minimax.platforms.cpu.forking:fork_children",
         scope=Scope.CPU,
         why="`spawn` imports SGLang again in every rank, ten seconds of CPU each",
         how="forks the children, after importing what they need",

@@ -1,0 +1,57 @@
+"""Processes in which SGLang never loads plugins: our model must be there as well."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import httpx
+
+from sglang_minimax import __version__
+from sglang_minimax.cli.local_server import TINY_M2, LocalServer
+from sglang_minimax.validation.random_checkpoint import write_random_checkpoint
+from tests.engine.conftest import HUB_FORM
+
+SERVES = f"sglang-minimax {__version__} serves MiniMaxM2ForCausalLM"
+
+
+def test_the_offline_benchmark(tmp_path: Path) -> None:
+    """`sglang.benchmark.one_batch` builds its model runner by itself."""
+    # It draws token ids up to 10000.
+    write_random_checkpoint(tmp_path, {**HUB_FORM, "vocab_size": 10_240})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(TINY_M2 / name)
+    sizes = ("--batch-size", "2", "--input-len", "16", "--output-len", "4")
+    command = (sys.executable, "-m", "sglang.benchmark.one_batch", "--model-path", str(tmp_path))
+    done = subprocess.run(
+        [*command, *sizes, "--result-filename", str(tmp_path / "r.jsonl")],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert SERVES in done.stdout + done.stderr
+
+
+def test_several_tokenizer_workers() -> None:
+    """The HTTP workers are processes of their own; requests go through any of them."""
+    with tempfile.TemporaryFile() as log:
+        server = LocalServer(arguments=["--tokenizer-worker-num", "2"], log=log)
+        with server.running():
+            names = [process.name() for process in server.family()]
+            assert sum(name.startswith("sglang::tokenize") for name in names) == 2, names
+            for _ in range(4):
+                reply = httpx.post(
+                    f"{server.url}/v1/chat/completions",
+                    json={
+                        "messages": [{"role": "user", "content": "What is 47 + 38?"}],
+                        "temperature": 0,
+                    },
+                    timeout=60,
+                )
+                assert reply.json()["choices"][0]["message"]["content"].endswith("#### 85")
+        log.seek(0)
+        assert SERVES in log.read().decode()
