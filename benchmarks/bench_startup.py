@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks import common
 from sglang_minimax.cli.local_server import LocalServer
-from sglang_minimax.platforms.cpu.patches import START_METHOD
+from sglang_minimax.platforms.cpu.forking import START_METHOD
 
 METHODS = ("spawn", "fork")
 

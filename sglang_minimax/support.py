@@ -222,8 +222,8 @@ def _format(arch: Architecture, launch: Launch) -> Iterator[str]:
     if launch.quantization not in QUANTIZATIONS:
         yield (
             f"quantization {launch.quantization} is not supported for MiniMax-M2 yet; use the "
-            "published FP8 checkpoint or a BF16 one, or set SGLANG_MINIMAX=0 to serve this one with "
-            "SGLang's own model."
+            "published FP8 checkpoint or a BF16 one, or set SGLANG_MINIMAX=0 to serve this one "
+            "with SGLang's own model."
         )
 
 

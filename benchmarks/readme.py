@@ -1,0 +1,101 @@
+"""Write the README's measured tables from the committed result files.
+
+    python -m benchmarks.readme
+
+Each table stands between two comments, `<!-- name -->` and `<!-- /name -->`. A test fails when the
+README and the result files disagree.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+Result = dict[str, Any]
+
+
+def agreement() -> str:
+    """Shapes against transformers."""
+    data = _read("agreement")
+    rows = [
+        (row["model"], row["shape"], str(row["kv_replicas"]), f"{row['max_error']:.1e}")
+        for row in data["rows"]
+    ]
+    table = _table(("model", "shape", "ranks with each KV head", "largest difference"), rows)
+    return table + _source("agreement", data["provenance"])
+
+
+def startup() -> str:
+    """Seconds until a server answers, spawned and forked."""
+    data = _read("startup")
+    rows = []
+    for spawn, fork in zip(data["rows"][::2], data["rows"][1::2], strict=True):
+        ratio = spawn["seconds"] / fork["seconds"]
+        rows.append(
+            (
+                f"TP{spawn['ranks']}",
+                f"{spawn['seconds']:.0f} s",
+                f"{fork['seconds']:.0f} s",
+                f"{ratio:.1f}x",
+                f"{spawn['cpu_seconds']:.0f} s",
+                f"{fork['cpu_seconds']:.0f} s",
+            )
+        )
+    head = ("", "spawn", "fork", "ratio", "spawn, CPU time", "fork, CPU time")
+    return _table(head, rows) + _source("startup", data["provenance"])
+
+
+def tiny() -> str:
+    """What tiny-m2 gets right, and what planted mistakes leave of it."""
+    data = _read("tiny_m2_accuracy")
+    accuracy = data["accuracy"]
+    rows = [
+        (name.replace("_", " "), f"{100 * entry['share']:.1f} %", str(entry["asked"]))
+        for name, entry in accuracy["categories"].items()
+    ]
+    table = _table(("held-out questions, temperature 0", "right", "asked"), rows)
+    return table + _source("tiny_m2_accuracy", accuracy)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "agreement": agreement,
+    "startup": startup,
+    "tiny": tiny,
+}
+
+
+def rendered(text: str) -> str:
+    """`text` with every table between its comments replaced by what the result files say."""
+    for name, table in TABLES.items():
+        pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
+        if not re.search(pattern, text, flags=re.DOTALL):
+            raise ValueError(f"the README has no place for the table {name!r}")
+        block = f"<!-- {name} -->\n{table()}\n<!-- /{name} -->"
+        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+    return text
+
+
+def _read(name: str) -> Result:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _source(name: str, provenance: Result) -> str:
+    return (
+        f"\n\n{provenance['date']}, {provenance['machine']}, `{provenance['command']}`, "
+        f"[{name}.json](benchmarks/results/{name}.json)."
+    )
+
+
+if __name__ == "__main__":
+    README.write_text(rendered(README.read_text()))
