@@ -8,13 +8,12 @@ MODEL   := sglang_minimax/assets/tiny-m2
 HOST    ?= 127.0.0.1
 PORT    ?= 30000
 
-.PHONY: serve demo test test-all lint install clean help
+.PHONY: serve demo test lint install clean help
 
 help:
 	@echo "make serve   a MiniMax-M2 server on http://$(HOST):$(PORT) (PORT=... to change)"
 	@echo "make demo    start a server, ask two questions, stop it"
 	@echo "make test    all tests of a CPU-only machine"
-	@echo "make test-all  the same and what takes longer"
 	@echo "make lint    ruff and mypy"
 
 # The version check is first: a venv made by an old Python would only fail later.
@@ -40,9 +39,6 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -m "not slow"
-
-test-all: $(STAMP) lint
 	$(BIN)/python -m pytest
 
 clean:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import common
-from sglang_minimax.cli.local_server import TINY_M2
+from sglang_minimax import TINY_M2
 from sglang_minimax.validation.agreement import compare, random_prompt
 from sglang_minimax.validation.engine_process import EngineProcess
 from sglang_minimax.validation.oracle import TransformersOracle

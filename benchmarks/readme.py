@@ -63,9 +63,31 @@ def tiny() -> str:
     return table + _source("tiny_m2_accuracy", accuracy)
 
 
+def strictness() -> str:
+    """What a broken or differently spelt checkpoint leads to, in-tree and here."""
+    data = _read("strictness")
+    rows = [
+        (
+            row["case"],
+            f"**starts with {row['in_tree_holds']}**"
+            if row["in_tree_holds"]
+            else _shown(row["in_tree"]),
+            _shown(row["ours"]),
+        )
+        for row in data["rows"]
+    ]
+    table = _table(("tiny-m2 with one change", "SGLang in-tree", "sglang-minimax"), rows)
+    return table + _source("strictness", data["provenance"])
+
+
+def _shown(outcome: str) -> str:
+    return outcome if outcome == "starts" else f"refused: `{outcome[:140].replace('|', '/')}`"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "agreement": agreement,
     "startup": startup,
+    "strictness": strictness,
     "tiny": tiny,
 }
 

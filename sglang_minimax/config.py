@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+from sglang_minimax import ARCHITECTURE
 from sglang_minimax.errors import ConfigError
 
-ARCHITECTURE = "MiniMaxM2ForCausalLM"
 MODEL_TYPE = "minimax_m2"
 
 # The architecture's values, which stand in for keys that a configuration does not have.

@@ -28,9 +28,8 @@ CAPTURING_ALGORITHMS = ("EAGLE3", "DFLASH", "DSPARK")
 class Launch:
     """The arguments that bear on what is supported.
 
-    tp, dp, ep, pp: --tp-size, --attn-dp-size, --ep-size, --pp-size. dp divides the attention only
-    where enable_dp_attention is set; otherwise it counts independent replicas.
-    ep_redundant: --ep-num-redundant-experts. attention_cp: --attn-cp-size.
+    tp, dp, ep, pp: --tp-size, --attn-dp-size, --ep-size, --pp-size. attention_cp: --attn-cp-size.
+    moe_dp: --moe-dp-size. ep_redundant: --ep-num-redundant-experts.
     """
 
     tp: int = 1
@@ -38,7 +37,7 @@ class Launch:
     ep: int = 1
     pp: int = 1
     attention_cp: int = 1
-    enable_dp_attention: bool = False
+    moe_dp: int = 1
     enable_two_batch_overlap: bool = False
     enable_single_batch_overlap: bool = False
     ep_redundant: int = 0
@@ -84,7 +83,7 @@ def _attention(arch: Architecture, launch: Launch) -> Iterator[str]:
 
 
 def _attention_parts(launch: Launch) -> int:
-    return (launch.dp if launch.enable_dp_attention else 1) * launch.attention_cp
+    return launch.dp * launch.attention_cp
 
 
 def _attention_tp(launch: Launch) -> int | None:
@@ -103,7 +102,7 @@ def _attention_fits(arch: Architecture, launch: Launch) -> bool:
 def _data_parallel_remedy(arch: Architecture, launch: Launch) -> str:
     """The smallest --attn-dp-size that makes the attention fit these ranks, if there is one."""
     for dp in range(2, launch.tp + 1):
-        if _attention_fits(arch, replace(launch, dp=dp, enable_dp_attention=True)):
+        if _attention_fits(arch, replace(launch, dp=dp)):
             return f" With --attn-dp-size {dp} the same ranks fit."
     return ""
 
@@ -150,7 +149,7 @@ def _experts(arch: Architecture, launch: Launch) -> Iterator[str]:
 def _expert_width(arch: Architecture, launch: Launch) -> Iterator[str]:
     if _expert_fits(arch, launch):
         return
-    size, width = moe_tp_size(launch.tp, launch.ep), arch.expert_width
+    size, width = moe_tp_size(launch.tp // launch.moe_dp, launch.ep), arch.expert_width
     rows, rest = divmod(width, size)
     remedy = _expert_remedy(arch, launch)
     if rest:
@@ -170,7 +169,7 @@ def _expert_block(arch: Architecture) -> int:
 def _expert_fits(arch: Architecture, launch: Launch) -> bool:
     if launch.tp % launch.ep or (arch.num_experts + launch.ep_redundant) % launch.ep:
         return False
-    rows, rest = divmod(arch.expert_width, moe_tp_size(launch.tp, launch.ep))
+    rows, rest = divmod(arch.expert_width, moe_tp_size(launch.tp // launch.moe_dp, launch.ep))
     return not rest and rows % _expert_block(arch) == 0
 
 

@@ -23,7 +23,8 @@ import psutil
 import pytest
 import torch
 
-from sglang_minimax.cli.local_server import TINY_M2, LocalServer, free_port
+from sglang_minimax import TINY_M2
+from sglang_minimax.cli.local_server import LocalServer, free_port
 
 torch.set_num_threads(1)
 

@@ -18,7 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_minimax import ARCHITECTURE, SUPPORTED_SGLANG, plugin, upstream
+from sglang_minimax.config import Architecture
 from sglang_minimax.platforms import choice
+from sglang_minimax.topology import AttentionShard
 
 #: Distributions that decide what runs. The first group must be there.
 REQUIRED = ("sglang", "torch", "transformers", "safetensors", "triton")
@@ -62,7 +64,11 @@ def examine() -> Report:
         return report
     if problem := plugin.version_problem():
         report.problems.append(problem)
-    if report.versions["sglang"] is None:
+    missing = [name for name in REQUIRED if report.versions[name] is None]
+    if missing:
+        report.problems.append(
+            f"not installed: {', '.join(missing)}; run `pip install sglang=={SUPPORTED_SGLANG}`."
+        )
         return report
     with _quiet():
         report.devices = _devices()
@@ -167,14 +173,16 @@ def _kernels() -> list[dict[str, str]]:
 
     from jit_kernels.qk_norm_rope import op
 
+    # The published shape at its most common size; an empty config has the architecture's values.
+    arch = Architecture.from_config({})
+    shard = AttentionShard(8, 0, arch.head_dim, arch.num_heads, arch.num_kv_heads)
     request = op.Request(
         device=choice.accelerator() or "cpu",
         dtype=torch.bfloat16,
-        group_size=8,
-        q_width=768,
-        k_width=128,
-        head_dim=128,
-        rotary_dim=64,
+        group_size=shard.size,
+        q_width=shard.q_width,
+        k_width=shard.kv_width,
+        head_dim=shard.head_dim,
     )
     return [
         {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -20,9 +21,9 @@ from typing import IO
 import httpx
 import psutil
 
+from sglang_minimax import TINY_M2
 from sglang_minimax.errors import MinimaxError
 
-TINY_M2 = Path(__file__).parents[1] / "assets" / "tiny-m2"
 #: What a chat with MiniMax-M2 needs beside the model.
 PARSERS = ("--tool-call-parser", "minimax-m2", "--reasoning-parser", "minimax")
 
@@ -66,11 +67,13 @@ class LocalServer:
         self._environment = {**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {})}
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
 
     @property
     def url(self) -> str:
-        """The server's base address."""
-        return f"http://{self.host}:{self.port}"
+        """The server's base address, as a client on this machine reaches it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     @property
     def pid(self) -> int | None:
@@ -95,11 +98,14 @@ class LocalServer:
             preexec_fn=_die_with_parent,
         )
 
-    def wait_until_ready(self, timeout: float = 300.0) -> None:
-        """Return when the server answers. Raises ServerFailed if it ends or takes `timeout` s."""
+    def wait_until_ready(self, timeout: float | None = 300.0) -> None:
+        """Return when the server answers. Raises ServerFailed if it ends or takes `timeout` s.
+
+        None waits as long as the process lives: a large checkpoint takes its time.
+        """
         if self._process is None:
             raise RuntimeError("start() comes first")
-        deadline = time.monotonic() + timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise ServerFailed(
@@ -119,9 +125,13 @@ class LocalServer:
         return self._process.wait(timeout)
 
     def stop(self, grace: float = 10.0) -> None:
-        """End the server and every process it started; SIGTERM first, SIGKILL after `grace` s."""
-        if self._process is None:
+        """End the server and every process it started; SIGTERM first, SIGKILL after `grace` s.
+
+        A second call does nothing.
+        """
+        if self._process is None or self._stopped:
             return
+        self._stopped = True
         family = self.family()
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
@@ -130,6 +140,9 @@ class LocalServer:
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        # The server leads a session, so its children are found even after it has gone.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         psutil.wait_procs(family, timeout=grace)
         self._process.wait(grace)
 

@@ -9,10 +9,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from sglang_minimax import __version__
+from sglang_minimax import TINY_M2, __version__
 from sglang_minimax.errors import MinimaxError
-
-TINY_M2 = Path(__file__).parents[1] / "assets" / "tiny-m2"
 
 app = typer.Typer(
     add_completion=False,

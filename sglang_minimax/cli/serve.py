@@ -27,7 +27,7 @@ def serve(model: Path, host: str, port: int, arguments: Sequence[str]) -> int:
     try:
         with console.status("importing SGLang and starting the ranks"):
             server.start()
-            server.wait_until_ready()
+            server.wait_until_ready(timeout=None)
         console.print(f"\n[bold green]ready[/] {server.url}   (Ctrl-C stops it)\n")
         console.print(curl_line(server.url), markup=False)
         return server.wait()

@@ -6,7 +6,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from sglang_minimax import ARCHITECTURE
+from sglang_minimax import ARCHITECTURE, plugin
+from sglang_minimax.config import Architecture
+from sglang_minimax.errors import MinimaxError
+from sglang_minimax.platforms import choice
+from sglang_minimax.platforms.cpu import support as cpu_support
+from sglang_minimax.support import Launch, refusals
 
 logger = logging.getLogger(__name__)
 
@@ -46,31 +51,28 @@ def register_launch_checks() -> None:
 
 def check_config_first(server_args: Any, previous: Step) -> None:
     """Read the model's configuration before SGLang decides anything by it."""
-    if is_ours(server_args):
+    if asked_for_ours(server_args):
+        plugin.require_healthy()
         _architecture_of(server_args)
     previous(server_args)
 
 
 def check_launch_early(server_args: Any, previous: Step) -> None:
     """`check_launch`, unless a step that is still to come changes the sizes."""
-    if is_ours(server_args) and launch_of(server_args).moe_a2a_backend == "none":
+    if asked_for_ours(server_args) and launch_of(server_args).moe_a2a_backend == "none":
         refuse_unsupported(server_args)
     previous(server_args)
 
 
 def check_launch(server_args: Any, previous: Step) -> None:
     """Refuse what this model cannot do at the asked topology."""
-    if is_ours(server_args):
+    if asked_for_ours(server_args):
         refuse_unsupported(server_args)
     previous(server_args)
 
 
 def refuse_unsupported(server_args: Any) -> None:
     """Raise SystemExit with one sentence for each reason not to start."""
-    from sglang_minimax.platforms import choice
-    from sglang_minimax.platforms.cpu import support as cpu_support
-    from sglang_minimax.support import refusals
-
     launch = launch_of(server_args)
     reasons = refusals(_architecture_of(server_args), launch)
     if not reasons and choice.cpu_platform_chosen():
@@ -79,34 +81,29 @@ def refuse_unsupported(server_args: Any) -> None:
         raise SystemExit("\n".join(f"sglang-minimax: {reason}" for reason in reasons))
 
 
-def is_ours(server_args: Any) -> bool:
-    """Whether the configured model is MiniMax-M2. Stops the process if the plugin is not whole."""
-    from sglang.srt.arg_groups.model_override_base import model_config_of
+def asked_for_ours(server_args: Any) -> bool:
+    """Whether the configured model is MiniMax-M2."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
+    from sglang.srt.connector import ConnectorType
+    from sglang.srt.utils.common import parse_connector_type
 
-    from sglang_minimax import plugin
-
-    architectures = model_config_of(server_args).hf_config.architectures or []
-    if ARCHITECTURE not in architectures:
-        return False
-    plugin.require_healthy()
-    return True
+    if parse_connector_type(resolving_view(server_args).model_path) == ConnectorType.INSTANCE:
+        return False  # weights come from another server, and there is no config to read
+    return ARCHITECTURE in (model_config_of(server_args).hf_config.architectures or [])
 
 
-def launch_of(server_args: Any) -> Any:
+def launch_of(server_args: Any) -> Launch:
     """The arguments that bear on what is supported, resolved as far as SGLang has come."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
 
-    from sglang_minimax.support import Launch
-
     cfg = resolving_view(server_args)
-    attention_dp = cfg.attn_dp_size
     return Launch(
         tp=cfg.tp_size,
-        dp=attention_dp,
+        dp=cfg.attn_dp_size,
         ep=cfg.ep_size,
         pp=cfg.pp_size,
         attention_cp=cfg.attn_cp_size,
-        enable_dp_attention=attention_dp > 1,
+        moe_dp=cfg.moe_dp_size,
         enable_two_batch_overlap=cfg.enable_two_batch_overlap,
         enable_single_batch_overlap=cfg.enable_single_batch_overlap,
         ep_redundant=cfg.ep_num_redundant_experts,
@@ -116,11 +113,8 @@ def launch_of(server_args: Any) -> Any:
     )
 
 
-def _architecture_of(server_args: Any) -> Any:
+def _architecture_of(server_args: Any) -> Architecture:
     from sglang.srt.arg_groups.model_override_base import model_config_of
-
-    from sglang_minimax.config import Architecture
-    from sglang_minimax.errors import MinimaxError
 
     try:
         return Architecture.from_config(model_config_of(server_args).hf_config)

@@ -19,7 +19,8 @@ def one_sentence(original: Callable[..., None]) -> Callable[..., None]:
     """Wrap `Scheduler.__init__`: the sentence of a MinimaxError, then exit LAUNCH_REFUSED.
 
     SystemExit passes through SGLang's `except Exception`, which would print a trace and signal
-    the parent; the parent notices the closed pipe instead and goes through `stop_quietly`.
+    the parent; the engine notices the closed pipe instead and goes through `stop_quietly`. A
+    data-parallel controller does not look at its pipes, so under one SGLang's way is kept.
     """
 
     @functools.wraps(original)
@@ -28,9 +29,18 @@ def one_sentence(original: Callable[..., None]) -> Callable[..., None]:
             original(self, *args, **kwargs)
         except MinimaxError as error:
             logger.error("%s", error)
+            if under_controller():
+                raise
             raise SystemExit(LAUNCH_REFUSED) from error
 
     return __init__
+
+
+def under_controller() -> bool:
+    """Whether this scheduler answers to a data-parallel controller instead of the engine."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().num_dp_ranks > 1
 
 
 def stop_quietly(

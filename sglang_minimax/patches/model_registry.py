@@ -42,8 +42,9 @@ def our_model_class() -> type:
         model_class = importlib.import_module(MODEL_MODULE).EntryClass
     except Exception as error:
         logger.exception("importing %s failed", MODEL_MODULE)
+        reason = str(error).strip().partition("\n")[0]
         raise SystemExit(
-            f"sglang-minimax: the model could not be imported ({type(error).__name__}: {error}); "
+            f"sglang-minimax: the model could not be imported ({type(error).__name__}: {reason}); "
             "run `sglang-minimax doctor`, or set SGLANG_MINIMAX=0 to serve SGLang's own model."
         ) from error
     logger.info("sglang-minimax %s serves %s", __version__, ARCHITECTURE)

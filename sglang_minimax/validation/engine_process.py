@@ -146,6 +146,16 @@ def _serve(
     torch.set_num_threads(1)
     if before is not None:
         before()
+    from sglang.srt.utils import kill_process_tree
+
+    try:
+        _answer(connection, arguments)
+    finally:
+        # What is left would be waited for at the end of this process, without end.
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _answer(connection: Connection, arguments: dict[str, Any]) -> None:
     from sglang.srt.entrypoints.engine import Engine
 
     engine = Engine(**arguments)

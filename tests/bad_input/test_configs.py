@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from sglang_minimax.cli.local_server import TINY_M2, LocalServer
+from sglang_minimax import TINY_M2
+from sglang_minimax.cli.local_server import LocalServer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_minimax.cli.local_server import TINY_M2
+from sglang_minimax import TINY_M2
 from sglang_minimax.validation.agreement import random_prompt
 from sglang_minimax.validation.engine_process import EngineProcess
 from sglang_minimax.validation.oracle import TransformersOracle

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from sglang_minimax.cli.local_server import TINY_M2
+from sglang_minimax import TINY_M2
 from sglang_minimax.validation.agreement import random_prompt
 from sglang_minimax.validation.engine_process import EngineProcess
 
@@ -64,4 +66,27 @@ def test_what_fits_takes_effect_and_can_be_undone(engine: EngineProcess) -> None
     changed = answer(engine)
     assert changed[0] == (before[0] + 7) % 896
     assert update(engine, [(HEAD, head)])[0]
+    assert answer(engine) == before
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """tiny-m2 with another head, and without the norm of a layer."""
+    shutil.copytree(TINY_M2, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(TINY_M2 / "model.safetensors")
+    tensors[HEAD] = tensors[HEAD].roll(7, 0).contiguous()
+    del tensors["model.layers.2.input_layernorm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_a_broken_checkpoint_from_disk_is_answered_and_undone(
+    engine: EngineProcess, broken: Path
+) -> None:
+    before = answer(engine)
+    found = engine.call("update_weights_from_disk", model_path=str(broken))
+    assert not found[0]
+    assert "model.layers.2.input_layernorm.weight" in found[1]
+    assert answer(engine) == before
+    assert engine.call("update_weights_from_disk", model_path=str(TINY_M2))[0]
     assert answer(engine) == before

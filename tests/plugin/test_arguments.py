@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sglang_minimax.cli.local_server import TINY_M2
+from sglang_minimax import TINY_M2
 from sglang_minimax.validation.engine_process import preload
 
 FIELDS = (
@@ -94,3 +94,13 @@ def test_refused_at_launch_in_one_sentence(arguments: str, words: list[str]) -> 
 @pytest.mark.parametrize("arguments", ["--tp-size 8", "--tp-size 2 --pp-size 2"])
 def test_legal_shapes_are_accepted(arguments: str) -> None:
     assert isinstance(resolve(arguments.split()), dict)
+
+
+def test_a_model_that_another_server_provides_is_none_of_our_business() -> None:
+    """`instance://` has no config to read; our hooks must not ask for it."""
+    from sglang_minimax.patches.arguments import asked_for_ours
+
+    class Record:
+        model_path = "instance://127.0.0.1:9999"
+
+    assert asked_for_ours(Record()) is False

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +51,34 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     status, found = report()
     assert status == 1
     assert "SGLANG_MINIMAX=0" in found["problems"][0]
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "safetensors":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return original(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    status, found = report()
+    assert status == 1
+    assert any("not installed: safetensors" in problem for problem in found["problems"])
+
+
+def test_another_platform_is_no_problem(other_platform: Path) -> None:
+    """As on a GPU machine: SGLang runs something else, and nothing of ours is wrong."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_minimax.cli.main", "doctor", "--json"],
+        env={**os.environ, "SGLANG_PLATFORM": "other", "PYTHONPATH": str(other_platform)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    assert found["platform"]["active"] == "Other"
+    assert (done.returncode, found["problems"]) == (0, [])
 
 
 def test_another_release(monkeypatch: pytest.MonkeyPatch) -> None:

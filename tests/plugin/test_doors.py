@@ -48,25 +48,6 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-@pytest.fixture
-def other_platform(tmp_path: Path) -> Path:
-    """A folder with another distribution: a platform plugin called `other`, and its hooks."""
-    info = tmp_path / "other_platform-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-platform\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[sglang.srt.platforms]\nother = other_platform:activate\n"
-        "[sglang.srt.plugins]\nother_hooks = other_platform:register\n"
-    )
-    (tmp_path / "other_platform.py").write_text(
-        "from sglang.srt.platforms.cpu import CpuSRTPlatform\n"
-        "class Other(CpuSRTPlatform):\n    device_name = 'other'\n"
-        "def activate():\n    return 'other_platform:Other'\n"
-        "def register():\n    print('other hooks registered')\n"
-    )
-    return tmp_path
-
-
 def test_importing_the_package_and_opening_the_door_is_light() -> None:
     done = python(
         """

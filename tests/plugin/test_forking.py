@@ -41,7 +41,7 @@ import torch
 torch.set_num_threads(2)
 torch.ones(1 << 20).add_(1)
 from sglang import Engine
-from sglang_minimax.cli.local_server import TINY_M2
+from sglang_minimax import TINY_M2
 if __name__ == "__main__":
     engine = Engine(model_path=str(TINY_M2), log_level="warning")
     reply = engine.generate("What is", {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True})

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import httpx
 
-from sglang_minimax import __version__
-from sglang_minimax.cli.local_server import TINY_M2, LocalServer
+from sglang_minimax import TINY_M2, __version__
+from sglang_minimax.cli.local_server import LocalServer
 from sglang_minimax.validation.random_checkpoint import write_random_checkpoint
 from tests.engine.conftest import HUB_FORM
 

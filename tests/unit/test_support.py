@@ -28,13 +28,12 @@ ACCEPTED = [
     {"tp": 4},
     {"tp": 8, "ep": 8},
     {"tp": 8, "ep": 2},
-    {"tp": 8, "dp": 8, "enable_dp_attention": True, "ep": 8},
+    {"tp": 8, "dp": 8, "ep": 8},
     {"tp": 16, "ep": 16},
-    {"tp": 16, "dp": 4, "enable_dp_attention": True, "ep": 16},
+    {"tp": 16, "dp": 4, "ep": 16},
     {"tp": 4, "pp": 62},
     {"tp": 4, "speculative_algorithm": "EAGLE3"},
     {"tp": 4, "quantization": "fp8"},
-    {"tp": 4, "dp": 3},
     {"tp": 16, "attention_cp": 2, "ep": 16},
     {"tp": 8, "ep": 8, "ep_redundant": 32, "moe_a2a_backend": "deepep"},
 ]
@@ -61,19 +60,18 @@ def test_illegal_attention_sizes_name_the_nearest_and_the_data_parallel_way():
     sentence = only(BF16, tp=12)
     assert "nearest sizes that do: 8 or 16." in sentence
     assert "--attn-dp-size 3" in sentence
-    assert refusals(BF16, Launch(tp=12, dp=3, enable_dp_attention=True)) == []
+    assert refusals(BF16, Launch(tp=12, dp=3)) == []
 
 
 def test_data_parallel_attention_changes_the_size_that_counts():
-    # 32 ranks cannot share 48 heads, 32 / 2 can; replicas without the flag divide nothing.
+    # 32 ranks cannot share 48 heads, 32 / 2 can.
     assert "32" in only(BF16, tp=32, ep=32)
-    assert refusals(BF16, Launch(tp=32, ep=32, dp=2, enable_dp_attention=True)) == []
-    assert refusals(BF16, Launch(tp=32, ep=32, dp=2)) != []
-    assert "--attn-dp-size that divides 8" in only(BF16, tp=8, dp=3, enable_dp_attention=True)
+    assert refusals(BF16, Launch(tp=32, ep=32, dp=2)) == []
+    assert "--attn-dp-size that divides 8" in only(BF16, tp=8, dp=3)
 
 
 def test_experts_that_do_not_divide():
-    assert "--ep-size 4" in only(BF16, tp=12, dp=12, enable_dp_attention=True, ep=5)
+    assert "--ep-size 4" in only(BF16, tp=12, dp=12, ep=5)
     sentence = only(BF16, tp=24, ep=24)
     assert "24 does not divide 256 experts" in sentence
     assert "--ep-size 16, or add 8 to --ep-num-redundant-experts" in sentence
@@ -126,7 +124,7 @@ def test_every_remedy_in_a_sentence_about_experts_works(arch):
     tried = 0
     for tp in range(1, 49):
         for ep in range(1, tp + 1):
-            launch = Launch(tp=tp, ep=ep, dp=tp, enable_dp_attention=True)
+            launch = Launch(tp=tp, ep=ep, dp=tp)
             for sentence in refusals(arch, launch):
                 if found := re.search(r"use --ep-size (\d+)( or|\.)", sentence):
                     proposed = replace(launch, ep=int(found[1]))
@@ -143,3 +141,9 @@ def test_every_proposed_tp_size_is_accepted(arch):
         for sentence in refusals(arch, Launch(tp=tp)):
             if found := re.search(r"or --tp-size (\d+)\.$", sentence):
                 assert refusals(arch, Launch(tp=int(found[1]))) == []
+
+
+def test_moe_data_parallel_groups_hold_wider_experts() -> None:
+    """FP8 at TP8 alone leaves 192 rows; with two MoE-DP groups each expert is over 4 ranks."""
+    assert refusals(FP8, Launch(tp=8, attention_cp=2, moe_dp=2)) == []
+    assert refusals(FP8, Launch(tp=8, attention_cp=2)) != []

@@ -9,7 +9,7 @@ from sglang_minimax.support import Launch
 
 def refusals(launch: Launch) -> Iterator[str]:
     """Yield the reasons not to start `launch` on this platform."""
-    if launch.enable_dp_attention:
+    if launch.dp > 1:
         yield (
             f"--attn-dp-size {launch.dp} is not supported on the CPU platform yet; "
             f"use --tp-size {launch.tp} without it."
