@@ -1,0 +1,73 @@
+"""The parts of `LocalServer`, `serve` and `demo` that need no server."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Any
+
+import pytest
+
+from sglang_minimax.cli.demo import calculate, final_answer
+from sglang_minimax.cli.local_server import LocalServer, ServerFailed
+from sglang_minimax.cli.serve import curl_line
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("fd00::7", "http://[fd00::7]:8000"),
+    ],
+)
+def test_the_address_is_one_that_a_client_can_use(host: str, url: str) -> None:
+    assert LocalServer(host=host, port=8000).url == url
+
+
+def test_the_curl_line_survives_a_shell() -> None:
+    words = shlex.split(curl_line("http://127.0.0.1:8000").replace("\\\n", ""))
+    assert words[:3] == ["curl", "-s", "http://127.0.0.1:8000/v1/chat/completions"]
+    assert words[-1].startswith('{"messages": [')
+
+
+def test_a_server_that_ends_is_an_error_with_its_status() -> None:
+    server = LocalServer()
+    server.command = [sys.executable, "-c", "raise SystemExit(7)"]
+    server.start()
+    with pytest.raises(ServerFailed, match="status 7"):
+        server.wait_until_ready(timeout=None)
+    server.stop()
+
+
+def test_a_server_that_does_not_answer_is_stopped_with_its_children() -> None:
+    server = LocalServer()
+    child = "import time; time.sleep(600)"
+    server.command = [
+        *(sys.executable, "-c"),
+        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]).wait()",
+    ]
+    with pytest.raises(ServerFailed, match="did not answer within 2 s"), server.running(timeout=2):
+        pass
+    assert server.family() == []
+
+
+def test_stop_before_start_does_nothing() -> None:
+    LocalServer().stop()
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [("12 + 30", "42"), ("812-349", "463"), ("2 * 3", "cannot evaluate '2 * 3'")],
+)
+def test_the_calculator(expression: str, value: str) -> None:
+    assert calculate(expression) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("so\n#### 85", 85), ("#### 1 then #### -2", -2), ("85", None), (None, None)],
+)
+def test_the_final_answer(text: Any, answer: int | None) -> None:
+    assert final_answer(text) == answer
