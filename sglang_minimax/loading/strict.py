@@ -5,23 +5,26 @@ Here each (name, tensor) pair is looked up in the table of slots, and the tensor
 compared before SGLang's loader cuts this rank's share out of it. What does not fit is collected and
 raised as one LoadError.
 
-The first load must fill every slot. Later ones (weight updates) may bring any part. A sequence is
-checked as a whole before the first parameter is touched; from an iterator, which may be too large
-to hold, nothing is written after the first problem. No SGLang: parameters are reached through their
-`weight_loader` attribute.
+The first load must fill every slot. Later ones (weight updates) may bring any part, unless they run
+under `complete()`. A sequence is checked as a whole before the first parameter is touched; from an
+iterator, which may be too large to hold, nothing is written after the first problem. No
+SGLang: parameters are reached through their `weight_loader` attribute.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from sglang_minimax.config import Architecture
 from sglang_minimax.errors import LoadError
+from sglang_minimax.loading.arrival import Arrival, ExpertShare
 from sglang_minimax.loading.names import (
     KV_SCALES,
     MATRIX_SCALES,
@@ -76,40 +79,79 @@ class StrictLoader:
         stage: Stage,
         *,
         weight_block: Shape | None = None,
+        experts: ExpertShare | None = None,
     ) -> None:
         """Take note of the model's parameters as it was built; post-processing may replace them.
 
         weight_block: (rows, columns) that share a scale, where the configuration does not say.
+        experts: what this rank must hold of them; None leaves that unchecked.
         """
         self._model = model
         self._arch = arch
         self._stage = stage
         parameters = dict(model.named_parameters())
         self._slots = SlotTable(arch, stage, parameters, weight_block or arch.weight_block).build()
-        self._demand_complete = True
+        self._arrival = Arrival(self._slots)
+        self._experts = experts
+        self._first = True
+        self._always_complete = False
 
     def filled_elsewhere(self) -> None:
         """The parameters have their values without us; from now on a load may be partial."""
-        self._demand_complete = False
+        self._first = False
+
+    @contextmanager
+    def complete(self) -> Iterator[None]:
+        """Every load inside must fill every slot, as the first one; afterwards it is as before."""
+        before, self._always_complete = self._always_complete, True
+        try:
+            yield
+        finally:
+            self._always_complete = before
 
     def load(self, weights: NamedTensors) -> set[str]:
         """Check and load; return the names of the parameters written. Raises LoadError."""
         call = _Call(self._model, self._arch, self._stage, self._slots)
-        if self._demand_complete:
+        demand_complete = self._first or self._always_complete
+        if demand_complete:
             call.check_parameters()
-        checked = (item for pair in weights for item in call.check(*pair))
+        if self._first:
+            self._expect_experts(call)
+        checked = (item for pair in _readable(weights) for item in call.check(*pair))
         for item in list(checked) if isinstance(weights, Sequence) else checked:
             # After the first problem the rest is read for the report only.
             if not call.problems:
                 call.write(*item)
-        if self._demand_complete:
+        if demand_complete:
             call.check_complete()
+        if self._first and not call.problems:
+            for line in self._arrival.untouched(call.parameters):
+                call.problems.add("missing", line)
         if call.problems:
             raise call.problems.error()
-        if self._demand_complete:
+        if demand_complete:
             logger.info("Weights: %s", call.summary())
-        self._demand_complete = False
+        self._first = False
         return call.written
+
+    def _expect_experts(self, call: _Call) -> None:
+        """Before the first load, when the parameters hold nothing yet."""
+        if self._experts:
+            hidden = self._arch.hidden_size
+            for line in self._arrival.lacking(call.parameters, self._experts, hidden):
+                call.problems.add("misshapen", line)
+        self._arrival.mark(call.parameters)
+
+
+def _readable(weights: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """The pairs; a file that breaks while it is read is a LoadError."""
+    try:
+        yield from weights
+    except (SafetensorError, OSError) as error:
+        raise LoadError(
+            f"the weights cannot be read ({error}); check the disk, and copy or download the "
+            "checkpoint again."
+        ) from error
 
 
 class _Call:
@@ -199,6 +241,10 @@ class _Call:
             return ()
         if tuple(tensor.shape) not in slots[0].shapes:
             self._misshapen(name, tensor, slots[0].shapes)
+            return ()
+        absent = [slot.parameter for slot in slots if slot.parameter not in self.parameters]
+        if absent:
+            self.problems.add("unexpected", f"{name} (the model has no parameter {absent[0]})")
             return ()
         invalid = _invalid_values(record, tensor)
         if invalid:

@@ -7,6 +7,7 @@ through `loading.strict`, which leaves no parameter unwritten and no tensor unac
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -36,13 +37,25 @@ from sglang_minimax.config import Architecture
 from sglang_minimax.errors import TopologyError
 from sglang_minimax.layers.attention import MiniMaxM2Attention, attention_shard
 from sglang_minimax.layers.moe import MiniMaxM2MoE
+from sglang_minimax.loading.arrival import ExpertShare
 from sglang_minimax.loading.slots import Stage
 from sglang_minimax.loading.strict import StrictLoader
+from sglang_minimax.topology import expert_range, expert_rows, layer_range
 
 
 def stage_facts(layer_id: int) -> tuple[Any, Any]:
     """What SGLang's layer boundary needs to know of layer `layer_id` without building it."""
     return declare_attn(), declare_ffn(sparse=True, next_layer_sparse=True)
+
+
+def expert_share(arch: Architecture) -> ExpertShare:
+    """What this rank holds of each layer's experts, redundant copies included."""
+    parallel = get_parallel()
+    copies = arch.num_experts + get_exec().moe.ep_num_redundant_experts
+    return ExpertShare(
+        experts=len(expert_range(copies, parallel.moe_ep_size, parallel.moe_ep_rank)),
+        rows=len(expert_rows(arch.expert_width, parallel.moe_tp_size, parallel.moe_tp_rank)),
+    )
 
 
 class MiniMaxM2DecoderLayer(nn.Module):
@@ -185,8 +198,9 @@ class MiniMaxM2ForCausalLM(nn.Module):
         "gate_up_proj": ["gate_proj", "up_proj"],
         "experts": ["experts.0.w1", "experts.0.w2", "experts.0.w3"],
     }
-    supported_lora_modules = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     fall_back_to_pt_during_load = False
+    # Without this SGLang reads *.bin, a pickle, where a checkpoint has no safetensors.
+    allow_patterns_overrides = ["*.safetensors"]  # noqa: RUF012 (SGLang compares and may extend)
 
     def __init__(
         self,
@@ -194,7 +208,10 @@ class MiniMaxM2ForCausalLM(nn.Module):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
-        """config: any form that `Architecture` reads. Raises ConfigError, TopologyError."""
+        """config: any form that `Architecture` reads. Raises ConfigError, TopologyError, LoadError.
+
+        LoadError here is for weight files that are broken at sight, before memory is filled.
+        """
         super().__init__()
         self.config = config
         self.arch = Architecture.from_config(config)
@@ -228,7 +245,25 @@ class MiniMaxM2ForCausalLM(nn.Module):
             return head.tie_weights(embedding)
         return head
 
+    def _check_layers(self) -> None:
+        """Raise TopologyError where SGLang cut the stages otherwise than `topology` does."""
+        partition = os.environ.get("SGLANG_PP_LAYER_PARTITION")
+        group = self.pp_group
+        ours = layer_range(
+            self.arch.num_layers,
+            group.world_size,
+            group.rank_in_group,
+            [int(count) for count in partition.split(",")] if partition else None,
+        )
+        theirs = range(self.start_layer, self.end_layer)
+        if ours != theirs:
+            raise TopologyError(
+                f"pipeline stage {group.rank_in_group} has layers {theirs.start} to {theirs.stop} "
+                f"of SGLang, but {ours.start} to {ours.stop} were expected; report this."
+            )
+
     def _strict_loader(self) -> StrictLoader:
+        self._check_layers()
         stage = Stage(
             attention=attention_shard(self.arch),
             layers=range(self.start_layer, self.end_layer),
@@ -240,6 +275,7 @@ class MiniMaxM2ForCausalLM(nn.Module):
             self.arch,
             stage,
             weight_block=getattr(self.quant_config, "weight_block_size", None),
+            experts=expert_share(self.arch),
         )
 
     @torch.no_grad()
@@ -288,6 +324,11 @@ class MiniMaxM2ForCausalLM(nn.Module):
         )
 
     # --- draft models ---
+
+    @property
+    def capture_aux_hidden_states(self) -> bool:
+        """Whether residuals are captured for a draft; SGLang's graph runners ask."""
+        return bool(self.model.layers_to_capture)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding module, a placeholder on later pipeline stages."""
@@ -346,6 +387,10 @@ class MiniMaxM2ForCausalLM(nn.Module):
         fit.
         """
         return self._loader.load(weights)
+
+    def demand_complete_load(self) -> AbstractContextManager[None]:
+        """Inside, every `load_weights` must fill the whole model, as the first one."""
+        return self._loader.complete()
 
     def post_load_weights(self) -> None:
         """SGLang's call after it filled the parameters by itself: dummy, sharded, remote loads."""

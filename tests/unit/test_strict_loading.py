@@ -14,6 +14,7 @@ from torch import nn
 
 from sglang_minimax.config import Architecture
 from sglang_minimax.errors import LoadError
+from sglang_minimax.loading.arrival import ExpertShare
 from sglang_minimax.loading.slots import Stage
 from sglang_minimax.loading.strict import StrictLoader
 from sglang_minimax.topology import AttentionShard, ceil_div, expert_range, expert_rows
@@ -517,3 +518,85 @@ def test_a_failed_first_load_still_demands_everything():
         loader.load([("model.norm.weight", torch.ones(32))])
     loader.load(list(checkpoint().items()))
     assert no_gap(model)
+
+
+def test_a_complete_load_can_be_demanded_again():
+    model, loader = build()
+    loader.load(iter(checkpoint().items()))
+    norm = [("model.norm.weight", torch.ones(32))]
+    with loader.complete():
+        for _ in range(2):
+            with pytest.raises(LoadError, match="missing"):
+                loader.load(norm)
+        assert loader.load(iter(checkpoint().items())) == set(model.store)
+        with pytest.raises(LoadError, match="missing"):
+            loader.load(norm)
+    assert loader.load(norm) == {"model.norm.weight"}
+    assert no_gap(model)
+
+
+def test_a_refused_complete_load_in_one_piece_leaves_no_mark():
+    model, loader = build()
+    loader.load(iter(checkpoint().items()))
+    with loader.complete(), pytest.raises(LoadError):
+        loader.load([("nonsense", torch.ones(1))])
+    assert no_gap(model)
+
+
+def test_a_parameter_that_was_renamed_since_is_named():
+    """LoRA wraps modules, and their parameters have other names from then on."""
+    model, loader = build()
+    loader.load(iter(checkpoint().items()))
+    name = "model.layers.2.self_attn.o_proj.weight"
+    model.store[name.replace("o_proj", "o_proj.base_layer")] = model.store.pop(name)
+    with pytest.raises(LoadError, match=f"no parameter {name}"):
+        loader.load([(name, torch.ones(32, 128))])
+
+
+# --- what a loader loses ---
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("shard", ["w1", "w2", "w3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_an_expert_that_the_loader_skips_is_named(shard, fp8, dtype):
+    model, loader = build(fp8=fp8)
+    packed = "w2" if shard == "w2" else "w13"
+    name = f"model.layers.1.block_sparse_moe.experts.{packed}_weight"
+    parameter = model.store[name]
+    load = parameter.weight_loader
+    parameter.data = torch.zeros(parameter.shape, dtype=dtype)
+
+    def lossy(param, tensor, *args, shard_id, expert_id):
+        if (shard_id, expert_id) != (shard, 2):
+            load(param, tensor, *args, shard_id=shard_id, expert_id=expert_id)
+
+    parameter.weight_loader = lossy
+    with pytest.raises(LoadError) as caught:
+        loader.load(iter(checkpoint(fp8=fp8).items()))
+    assert "(1 missing)" in str(caught.value)
+    assert f"missing: {shard} of local expert 2 in {name}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("experts", "rows", "fits"), [(4, 64, True), (2, 64, False), (4, 65, False)]
+)
+def test_the_room_for_experts_is_counted(experts, rows, fits):
+    stage = whole_stage()
+    model = StandIn(ARCH, stage)
+    loader = StrictLoader(model, ARCH, stage, experts=ExpertShare(experts, rows))
+    if fits:
+        loader.load(iter(checkpoint().items()))
+        return
+    with pytest.raises(LoadError, match=f"expected {experts} experts"):
+        loader.load(iter(checkpoint().items()))
+
+
+def test_a_file_that_breaks_while_it_is_read_is_one_sentence():
+    def broken() -> Iterator:
+        yield "model.norm.weight", torch.ones(32)
+        raise OSError("Input/output error")
+
+    _, loader = build()
+    with pytest.raises(LoadError, match="Input/output error"):
+        loader.load(broken())
