@@ -120,10 +120,31 @@ PATCHES: tuple[Patch, ...] = (
         ),
         replacement="sglang_minimax.patches.weight_updates:answer_with_the_reason",
         scope=Scope.MODEL,
-        why="a refused update by tensors ends the scheduler; by disk or group it is an answer",
-        how="answers (False, reason) for a MinimaxError, as the other two do",
+        why="a refused update by tensors ends the scheduler; by group it is an answer",
+        how="answers (False, reason) for a MinimaxError",
         upstream=None,
         exit="when SGLang catches exceptions of this update as of the others",
+    ),
+    Patch(
+        target=(
+            "sglang.srt.model_executor.model_runner_components.weight_updater:"
+            "WeightUpdater.update_weights_from_disk"
+        ),
+        replacement="sglang_minimax.patches.weight_updates:go_back_to_the_old_weights",
+        scope=Scope.MODEL,
+        why="its rollback reads the new path again, outside of a try, and ends the scheduler",
+        how="reads the old path again and answers (False, reason) for a MinimaxError",
+        upstream=None,
+        exit="when SGLang rolls back to the path it came from",
+    ),
+    Patch(
+        target="sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request",
+        replacement="sglang_minimax.patches.requests:refuse_impossible_numbers",
+        scope=Scope.MODEL,
+        why="one request with a number outside the vocabulary ends the scheduler",
+        how="raises a ValueError for it, which SGLang answers with status 400",
+        upstream=None,
+        exit="when SGLang checks token ids and the number of top logprobs itself",
     ),
 )
 
@@ -199,8 +220,12 @@ def signature_of(target: str) -> str:
     value = getattr(value, "__sglang_original__", value)
     if inspect.ismodule(value):
         return "module"
+    # What a value is depends on the machine (the active platform is one), and how an enumeration
+    # is called depends on the version of Python.
     if not callable(value):
-        return f"value of type {type(value).__name__}"
+        return "value"
+    if isinstance(value, enum.EnumMeta):
+        return "enum"
     try:
         signature = inspect.signature(value)
     except (TypeError, ValueError):

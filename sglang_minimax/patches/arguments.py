@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sglang_minimax import ARCHITECTURE, plugin
 from sglang_minimax.config import Architecture
 from sglang_minimax.errors import MinimaxError
+from sglang_minimax.loading.files import check_checkpoint
 from sglang_minimax.platforms import choice
 from sglang_minimax.platforms.cpu import support as cpu_support
 from sglang_minimax.support import Launch, refusals
@@ -54,7 +56,21 @@ def check_config_first(server_args: Any, previous: Step) -> None:
     if asked_for_ours(server_args):
         plugin.require_healthy()
         _architecture_of(server_args)
+        check_files(server_args)
     previous(server_args)
+
+
+def check_files(server_args: Any) -> None:
+    """Look at the weight files of a local checkpoint before any rank is started."""
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+
+    cfg = resolving_view(server_args)
+    if str(cfg.load_format) not in ("auto", "safetensors"):
+        return
+    try:
+        check_checkpoint(Path(cfg.model_path))
+    except MinimaxError as error:
+        raise SystemExit(f"sglang-minimax: {error}") from error
 
 
 def check_launch_early(server_args: Any, previous: Step) -> None:

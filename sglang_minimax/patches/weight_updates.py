@@ -6,9 +6,11 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sglang_minimax.errors import MinimaxError
+from sglang_minimax.loading.files import check_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,10 @@ def go_back_to_the_old_weights(original: Update) -> Update:
         def load(path: str) -> tuple[bool, str]:
             return original(self, path, load_format, weight_name_filter, recapture_cuda_graph)
 
+        try:
+            check_checkpoint(Path(model_path))
+        except MinimaxError as error:
+            return False, str(error)
         before = self.model_config.model_path
         whole = getattr(self.get_model(), "demand_complete_load", None)
         demand = whole() if whole and weight_name_filter is None else contextlib.nullcontext()

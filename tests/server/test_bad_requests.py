@@ -152,16 +152,14 @@ def test_a_wrong_field_is_named(case: str, http: httpx.Client) -> None:
     assert_still_serving(http)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="SGLang answers n=-1 with one choice")
 def test_a_negative_number_of_choices(http: httpx.Client) -> None:
-    assert_refused(chat(http, n=-1))
+    assert_refused(chat(http, n=-1), "-1")
+    assert_still_serving(http)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="SGLang takes a negative top_logprobs for none"
-)
 def test_a_negative_number_of_top_logprobs(http: httpx.Client) -> None:
-    assert_refused(chat(http, logprobs=True, top_logprobs=-1))
+    assert_refused(chat(http, logprobs=True, top_logprobs=-1), "-1", str(VOCABULARY))
+    assert_still_serving(http)
 
 
 def test_an_unknown_field_is_ignored(http: httpx.Client) -> None:
@@ -213,9 +211,13 @@ def test_an_address_that_is_not_served(path: str, status: int, http: httpx.Clien
     assert http.get(path).status_code == status
 
 
-# --- requests that end the server today ----------------------------------------------------
+# --- numbers outside the vocabulary, which end SGLang's scheduler ----------------------------
 
-FATAL: dict[str, tuple[str, dict[str, Any]]] = {
+LIMIT = {"max_new_tokens": 2}
+STOPS = {"max_new_tokens": 2, "min_new_tokens": 1, "stop_token_ids": [10 * VOCABULARY]}
+
+#: name -> (path, body, words of the message)
+OUTSIDE: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "top_logprobs": (
         CHAT,
         {
@@ -225,24 +227,36 @@ FATAL: dict[str, tuple[str, dict[str, Any]]] = {
             "max_tokens": 2,
             "temperature": 0,
         },
+        ("8960", "896"),
     ),
-    "token_above": ("/v1/completions", {"prompt": [5, 10 * VOCABULARY], "max_tokens": 2}),
-    "token_negative": ("/v1/completions", {"prompt": [-5], "max_tokens": 2}),
+    "logprobs": ("/v1/completions", {"prompt": "1", "logprobs": 897, "max_tokens": 2}, ("897",)),
+    "token_above": ("/v1/completions", {"prompt": [5, 896], "max_tokens": 2}, ("896", "895")),
+    "token_negative": ("/v1/completions", {"prompt": [-5], "max_tokens": 2}, ("-5", "895")),
+    "token_of_a_batch": ("/v1/completions", {"prompt": [[5], [896]], "max_tokens": 2}, ("896",)),
+    "generate_above": ("/generate", {"input_ids": [896], "sampling_params": LIMIT}, ("896",)),
+    "generate_negative": ("/generate", {"input_ids": [7, -1], "sampling_params": LIMIT}, ("-1",)),
+    "generate_top": (
+        "/generate",
+        {"text": "1", "return_logprob": True, "top_logprobs_num": 897, "sampling_params": LIMIT},
+        ("897",),
+    ),
+    "stop_token": ("/generate", {"text": "1", "sampling_params": STOPS}, ("stop_token_ids",)),
 }
 
 
-@pytest.mark.parametrize("case", FATAL)
-@pytest.mark.xfail(
-    strict=True,
-    raises=httpx.TransportError,
-    reason="SGLang does not check it, and the scheduler ends with an exception",
-)
-def test_a_number_outside_the_vocabulary(case: str) -> None:
-    """On a server of its own, because the session's would be gone."""
-    path, body = FATAL[case]
-    with (
-        LocalServer(arguments=["--log-level", "critical"]).running() as server,
-        httpx.Client(base_url=server.url, timeout=60) as http,
-    ):
-        assert_refused(http.post(path, json={"model": "m", **body}))
-        assert_still_serving(http)
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_a_number_outside_the_vocabulary(case: str, http: httpx.Client) -> None:
+    path, body, words = OUTSIDE[case]
+    answer = http.post(path, json=body if path == "/generate" else {"model": "m", **body})
+    assert answer.status_code == 400, answer.text[:300]
+    assert all(word in answer.text for word in words), answer.text[:300]
+    assert_still_serving(http)
+
+
+def test_the_edges_of_the_vocabulary_are_served(http: httpx.Client) -> None:
+    sampling = {"max_new_tokens": 2, "temperature": 0}
+    body = {"input_ids": [0, VOCABULARY - 1], "sampling_params": sampling}
+    top = {"return_logprob": True, "top_logprobs_num": VOCABULARY}
+    answer = http.post("/generate", json={**body, **top})
+    assert answer.status_code == 200, answer.text[:300]
+    assert len(answer.json()["meta_info"]["output_top_logprobs"][0]) == VOCABULARY

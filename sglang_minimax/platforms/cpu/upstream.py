@@ -44,4 +44,13 @@ CPU_PATCHES: tuple[Patch, ...] = (
         upstream=None,
         exit="when SGLang lets a platform choose the start method",
     ),
+    Patch(
+        target="sglang.srt.distributed.bootstrap:_resolve_dist_init_method",
+        replacement="sglang_minimax.platforms.cpu.loopback:meet_on_loopback",
+        scope=Scope.CPU,
+        why="the store of torch.distributed listens on every interface, without a password",
+        how="on a single node, a rendezvous whose store and gloo listen on loopback only",
+        upstream=None,
+        exit="when SGLang or PyTorch binds the store to the address that it is given",
+    ),
 )

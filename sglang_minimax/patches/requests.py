@@ -1,0 +1,62 @@
+"""Numbers outside the vocabulary are a request's mistake; SGLang lets them end the scheduler."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from sglang_minimax import ARCHITECTURE
+
+Validate = Callable[..., None]
+
+
+def refuse_impossible_numbers(original: Validate) -> Validate:
+    """Wrap `TokenizerManager._validate_one_request(obj, input_ids)`.
+
+    Every request passes here, each of a batch by itself, before it is sent to the scheduler. A
+    ValueError becomes an answer with status 400.
+    """
+
+    @functools.wraps(original)
+    def _validate_one_request(self: Any, obj: Any, input_ids: list[int] | None) -> None:
+        original(self, obj, input_ids)
+        config = self.model_config
+        if ARCHITECTURE in (getattr(config.hf_config, "architectures", None) or ()):
+            check_numbers(obj, input_ids, config.vocab_size)
+
+    return _validate_one_request
+
+
+def check_numbers(obj: Any, input_ids: list[int] | None, vocab_size: int) -> None:
+    """Raise ValueError with one sentence for a number that the model cannot serve.
+
+    obj: one `GenerateReqInput` (or `EmbeddingReqInput`, which has no log probabilities).
+    """
+    if input_ids:
+        for token in (min(input_ids), max(input_ids)):
+            _check_token("the prompt", token, vocab_size)
+    top = getattr(obj, "top_logprobs_num", None) or 0
+    if not 0 <= top <= vocab_size:
+        raise ValueError(
+            f"The number of top logprobs must be from 0 to {vocab_size} (the size of the "
+            f"vocabulary), but it is {top}."
+        )
+    sampling = obj.sampling_params or {}
+    choices = sampling.get("n")
+    if choices is not None and choices < 1:
+        raise ValueError(f"n must be at least 1, but it is {choices}.")
+    stops = sampling.get("stop_token_ids")
+    # Only a minimum length makes the sampler use them as indices.
+    if sampling.get("min_new_tokens") and isinstance(stops, (list, tuple, set)):
+        for token in stops:
+            if token is not None:
+                _check_token("stop_token_ids", int(token), vocab_size)
+
+
+def _check_token(where: str, token: int, vocab_size: int) -> None:
+    if not 0 <= token < vocab_size:
+        raise ValueError(
+            f"Token {token} of {where} is outside the vocabulary, which is from 0 to "
+            f"{vocab_size - 1}."
+        )
