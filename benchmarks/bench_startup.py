@@ -94,6 +94,7 @@ def plot(path: Path) -> Path:
     axes.set_xticks(range(len(labels)), [f"TP{n}" for n in labels])
     axes.set_ylabel("seconds until the server answers")
     axes.set_title(f"{data['provenance']['machine']}, {data['provenance']['date']}", fontsize=9)
+    axes.margins(y=0.12)
     axes.legend(frameon=False)
     figure.savefig(path.with_suffix(".png"), dpi=120)
     return path.with_suffix(".png")
