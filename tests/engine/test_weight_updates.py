@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[EngineProcess]:
 
 
 def update(engine: EngineProcess, tensors: list[tuple[str, torch.Tensor]]) -> tuple[bool, str]:
+    wait_until_idle(engine)
     engine.call("begin_weight_update")
     try:
         return engine.call("update_weights_from_tensor", named_tensors=tensors)
@@ -33,8 +35,22 @@ def update(engine: EngineProcess, tensors: list[tuple[str, torch.Tensor]]) -> tu
         engine.call("end_weight_update")
 
 
+def wait_until_idle(engine: EngineProcess) -> None:
+    """Return when the cache could be flushed, which SGLang refuses while a request winds down."""
+    deadline = time.monotonic() + 10
+    while not engine.call("flush_cache").success:
+        assert time.monotonic() < deadline, "the engine does not come to rest"
+        time.sleep(0.05)
+
+
+def update_from_disk(engine: EngineProcess, checkpoint: Path) -> tuple[bool, str]:
+    wait_until_idle(engine)
+    success, message, *_ = engine.call("update_weights_from_disk", model_path=str(checkpoint))
+    return success, message
+
+
 def answer(engine: EngineProcess) -> list[int]:
-    engine.call("flush_cache")
+    wait_until_idle(engine)
     return engine.generate(
         input_ids=random_prompt(12, 896), sampling_params={"temperature": 0, "max_new_tokens": 8}
     )["output_ids"]
@@ -84,9 +100,9 @@ def test_a_broken_checkpoint_from_disk_is_answered_and_undone(
     engine: EngineProcess, broken: Path
 ) -> None:
     before = answer(engine)
-    found = engine.call("update_weights_from_disk", model_path=str(broken))
-    assert not found[0]
-    assert "model.layers.2.input_layernorm.weight" in found[1]
+    success, message = update_from_disk(engine, broken)
+    assert not success
+    assert "model.layers.2.input_layernorm.weight" in message
     assert answer(engine) == before
-    assert engine.call("update_weights_from_disk", model_path=str(TINY_M2))[0]
+    assert update_from_disk(engine, TINY_M2)[0]
     assert answer(engine) == before

@@ -123,6 +123,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[[int], subprocess.Popen[bytes]]]:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     process_group=0,
+                    # As in a terminal; a shell starts background jobs with SIGINT ignored.
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 )
             )
         return started[-1]
