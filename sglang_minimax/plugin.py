@@ -128,8 +128,10 @@ def _replace(patch: Patch, module: ModuleType) -> None:
         owner = getattr(owner, parent)
     original = getattr(owner, name)
     replacement = _load(patch.replacement)(original)
-    replacement.__sglang_original__ = original
     setattr(owner, name, replacement)
+    if not callable(replacement):
+        return  # a flag of that module alone: others hold equal ones
+    replacement.__sglang_original__ = original
     # `from module import name` may have copied the original before we came.
     for other in list(sys.modules.values()):
         if isinstance(other, ModuleType) and vars(other).get(name) is original:

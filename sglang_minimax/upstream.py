@@ -115,27 +115,81 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         target=(
-            "sglang.srt.model_executor.model_runner_components.weight_updater:"
-            "WeightUpdater.update_weights_from_tensor"
+            "sglang.srt.managers.scheduler_components.weight_updater:"
+            "SchedulerWeightUpdaterManager.update_weights_from_tensor"
         ),
-        replacement="sglang_minimax.patches.weight_updates:answer_with_the_reason",
+        replacement="sglang_minimax.patches.weight_updates:judge_tensors_first",
         scope=Scope.MODEL,
-        why="a refused update by tensors ends the scheduler; by group it is an answer",
-        how="answers (False, reason) for a MinimaxError",
+        why="each rank writes before others have looked; a refusal ends the scheduler",
+        how="all ranks judge names, shapes and types, agree, and only then write",
         upstream=None,
-        exit="when SGLang catches exceptions of this update as of the others",
+        exit="when SGLang lets a model judge an update and asks all ranks before it writes",
+    ),
+    Patch(
+        target=(
+            "sglang.srt.managers.scheduler_components.weight_updater:"
+            "SchedulerWeightUpdaterManager.update_weights_from_distributed"
+        ),
+        replacement="sglang_minimax.patches.weight_updates:judge_announcement_first",
+        scope=Scope.MODEL,
+        why="what is announced is received and written before anybody has looked",
+        how="judges the announcement, receives, agrees with the other ranks, and only then writes",
+        upstream=None,
+        exit="with the entry above",
+    ),
+    Patch(
+        target=(
+            "sglang.srt.managers.scheduler_components.weight_updater:"
+            "SchedulerWeightUpdaterManager.update_weights_from_disk"
+        ),
+        replacement="sglang_minimax.patches.weight_updates:judge_checkpoint_first",
+        scope=Scope.MODEL,
+        why="a checkpoint is written as it is read, and each rank goes back alone",
+        how="judges the headers on all ranks; where reading fails, all ranks go back",
+        upstream=None,
+        exit="with the entry above",
+    ),
+    Patch(
+        target=(
+            "sglang.srt.managers.scheduler_components.weight_updater:"
+            "SchedulerWeightUpdaterManager.init_weights_update_group"
+        ),
+        replacement="sglang_minimax.patches.weight_updates:refuse_a_group_of_stages",
+        scope=Scope.MODEL,
+        why="with pipeline stages ranks get the same number twice, and a stage waits for ever",
+        how="answers (False, reason) there, and for an exception",
+        upstream=None,
+        exit="when the rank in the group counts the stage",
     ),
     Patch(
         target=(
             "sglang.srt.model_executor.model_runner_components.weight_updater:"
             "WeightUpdater.update_weights_from_disk"
         ),
-        replacement="sglang_minimax.patches.weight_updates:go_back_to_the_old_weights",
+        replacement="sglang_minimax.patches.disk_updates:go_back_to_the_old_weights",
         scope=Scope.MODEL,
         why="its rollback reads the new path again, outside of a try, and ends the scheduler",
-        how="reads the old path again and answers (False, reason) for a MinimaxError",
+        how="reads the old path again and answers (False, reason)",
         upstream=None,
         exit="when SGLang rolls back to the path it came from",
+    ),
+    Patch(
+        target="sglang.srt.managers.scheduler:Scheduler.process_input_requests",
+        replacement="sglang_minimax.patches.agreement:hand_updates_on_first",
+        scope=Scope.MODEL,
+        why="a pipeline stage answers a weight update before the next one has heard of it",
+        how="sends requests that hold an update to the next stage before they are processed",
+        upstream=None,
+        exit="when stages hand requests on first",
+    ),
+    Patch(
+        target="sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_send_pyobj_to_next_stage",
+        replacement="sglang_minimax.patches.agreement:send_once",
+        scope=Scope.MODEL,
+        why="the loop sends the same requests once more",
+        how="leaves out what the entry above has sent",
+        upstream=None,
+        exit="with the entry above",
     ),
     Patch(
         target="sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request",
@@ -168,9 +222,9 @@ REGISTRATIONS: tuple[Registration, ...] = (
 
 def entries() -> tuple[Patch | Registration, ...]:
     """Every entry, in the order in which it is attached."""
-    from sglang_minimax.platforms.cpu.upstream import CPU_PATCHES
+    from sglang_minimax.platforms.cpu.upstream import CPU_PATCHES, CPU_REGISTRATIONS
 
-    return (*PATCHES, *REGISTRATIONS, *CPU_PATCHES)
+    return (*PATCHES, *REGISTRATIONS, *CPU_PATCHES, *CPU_REGISTRATIONS)
 
 
 def resolve(target: str) -> tuple[Any, str, Any]:

@@ -77,8 +77,7 @@ def test_what_the_user_says_stays() -> None:
         ("--tp-size 4 --ep-size 3", ["--ep-size 3", "--ep-size 2"]),
         ("--enable-two-batch-overlap", ["without --enable-two-batch-overlap"]),
         ("--quantization awq", ["awq", "not supported", "SGLANG_MINIMAX=0"]),
-        ("--tp-size 4 --attn-dp-size 2", ["--attn-dp-size 2", "CPU platform"]),
-        ("--tp-size 2 --ep-size 2", ["--ep-size 2", "CPU platform"]),
+        ("--tp-size 2 --moe-a2a-backend deepep", ["--moe-a2a-backend deepep", "CPU platform"]),
         ("--quantization fp8", ["fp8", "GPU"]),
     ],
 )

@@ -9,15 +9,10 @@ from sglang_minimax.support import Launch
 
 def refusals(launch: Launch) -> Iterator[str]:
     """Yield the reasons not to start `launch` on this platform."""
-    if launch.dp > 1:
+    if launch.moe_a2a_backend != "none":
         yield (
-            f"--attn-dp-size {launch.dp} is not supported on the CPU platform yet; "
-            f"use --tp-size {launch.tp} without it."
-        )
-    if launch.ep > 1:
-        yield (
-            f"--ep-size {launch.ep} is not supported on the CPU platform yet; "
-            "use tensor or pipeline parallelism."
+            f"--moe-a2a-backend {launch.moe_a2a_backend} needs a GPU; on the CPU platform start "
+            "without it, expert parallelism works over gloo."
         )
     if launch.speculative_algorithm:
         yield (

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from sglang_minimax.upstream import Patch, Scope
+from sglang_minimax.upstream import Patch, Registration, Scope
 
 _MODULE = "sglang_minimax.platforms.cpu.patches"
+_COLLECTIVES = "sglang_minimax.platforms.cpu.collectives"
+_DEVICES = "sglang_minimax.platforms.cpu.devices"
+_EXPERTS = "sglang_minimax.platforms.cpu.experts"
 _ASKS_THE_PLATFORM = "when SGLang asks the platform here"
 
 CPU_PATCHES: tuple[Patch, ...] = (
@@ -52,5 +55,96 @@ CPU_PATCHES: tuple[Patch, ...] = (
         how="on a single node, a rendezvous whose store and gloo listen on loopback only",
         upstream=None,
         exit="when SGLang or PyTorch binds the store to the address that it is given",
+    ),
+    Patch(
+        target="sglang.srt.distributed.parallel_state:GroupCoordinator.reduce_scatterv",
+        replacement=f"{_COLLECTIVES}:scatter_uneven_sums",
+        scope=Scope.CPU,
+        why="demands PyNccl and has no platform seam",
+        how="all-reduce over gloo, of which each rank keeps its rows",
+        upstream=None,
+        exit="when SGLang falls back to torch.distributed here, as reduce_scatter_tensor does",
+    ),
+    Patch(
+        target="sglang.srt.distributed.parallel_state:GroupCoordinator.all_gatherv",
+        replacement=f"{_COLLECTIVES}:gather_uneven_rows",
+        scope=Scope.CPU,
+        why="demands PyNccl and has no platform seam",
+        how="all-gather over gloo of rows padded to the longest rank's",
+        upstream=None,
+        exit="when SGLang falls back to torch.distributed here, as all_gather_into_tensor does",
+    ),
+    Patch(
+        target="sglang.srt.distributed.parallel_state:GroupCoordinator._all_gather_into_tensor",
+        replacement=f"{_COLLECTIVES}:gather_rows",
+        scope=Scope.CPU,
+        why="the output of a DP LM head has a dimension of ranks, which gloo refuses",
+        how="views it as the ranks' rows one after the other",
+        upstream=None,
+        exit="when SGLang gathers the logits of a DP LM head into two dimensions",
+    ),
+    Patch(
+        target="sglang.srt.distributed.parallel_state:_is_cpu",
+        replacement=f"{_DEVICES}:on_the_cpu",
+        scope=Scope.CPU,
+        why="all-gather and reduce-scatter go to operators that are registered for devices only",
+        how="takes SGLang's own branch for CPU tensors",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
+    ),
+    Patch(
+        target="sglang.srt.model_executor.forward_batch_info:_is_cpu",
+        replacement=f"{_DEVICES}:on_the_cpu",
+        scope=Scope.CPU,
+        why="DP attention asks for pinned memory, which needs a GPU",
+        how="takes SGLang's own branch for CPU tensors",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
+    ),
+    Patch(
+        target="sglang.srt.layers.dp_attention:memcpy_func",
+        replacement=f"{_DEVICES}:copy_rows",
+        scope=Scope.CPU,
+        why="a Triton kernel copies the rows of a DP rank",
+        how="SGLang's own function for CPU tensors",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
+    ),
+    Patch(
+        target="sglang.srt.layers.dp_attention:mask_dp_pad_moe_topk_ids",
+        replacement=f"{_EXPERTS}:mask_padding",
+        scope=Scope.CPU,
+        why="a Triton kernel marks the rows that are padding",
+        how="the same in PyTorch",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
+    ),
+    Patch(
+        target="sglang.srt.layers.moe.fused_moe_native:moe_forward_native",
+        replacement=f"{_EXPERTS}:skip_experts_elsewhere",
+        scope=Scope.CPU,
+        why="fails on expert id -1, which expert parallelism writes for an expert of another rank",
+        how="plain SwiGLU experts in a loop over the local ids",
+        upstream=None,
+        exit="when SGLang's native experts accept id -1",
+    ),
+    Patch(
+        target="sglang.srt.eplb.expert_distribution:_StatAccumulator._get_global_average_utilization_rate",
+        replacement=f"{_DEVICES}:share_utilisation",
+        scope=Scope.CPU,
+        why="makes a tensor on device 'cuda'",
+        how="broadcasts it from the CPU",
+        upstream=None,
+        exit="when SGLang uses the configured device here",
+    ),
+)
+
+CPU_REGISTRATIONS: tuple[Registration, ...] = (
+    Registration(
+        module="sglang.srt.layers.attention.torch_native_backend",
+        run=f"{_DEVICES}:teach_padding",
+        registry="sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend",
+        scope=Scope.CPU,
+        why="DP attention pads decode batches, and this backend has no length for a padded request",
     ),
 )
