@@ -8,6 +8,7 @@ a child that counts on those of its parent waits forever.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import multiprocessing
@@ -17,12 +18,16 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+#: The name under which `_answer` knows `generate_together`; no method of an engine is called so.
+_TOGETHER = "generate together"
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -69,6 +74,10 @@ class EngineProcess:
     def generate(self, **arguments: Any) -> Any:
         """`Engine.generate(**arguments)`, in the child."""
         return self.call("generate", **arguments)
+
+    def generate_together(self, requests: list[dict[str, Any]]) -> list[Any]:
+        """`Engine.async_generate(**request)` for all at once; their replies, in order."""
+        return self.call(_TOGETHER, requests=requests)
 
     def call(self, method: str, **arguments: Any) -> Any:
         """Call any method of the engine. Raises EngineFailed with its message if it raises."""
@@ -129,13 +138,8 @@ def preload() -> None:
         import_what_children_need()
 
 
-def _serve(
-    connection: Connection,
-    log: str,
-    before: Callable[[], None] | None,
-    arguments: dict[str, Any],
-) -> None:
-    """The child: build the engine, then answer calls until told to stop."""
+def quiet_child(log: str) -> None:
+    """In a forked process that will hold an engine: print to `log`, compute on one thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -144,6 +148,16 @@ def _serve(
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def _serve(
+    connection: Connection,
+    log: str,
+    before: Callable[[], None] | None,
+    arguments: dict[str, Any],
+) -> None:
+    """The child: build the engine, then answer calls until told to stop."""
+    quiet_child(log)
     if before is not None:
         before()
     from sglang.srt.utils import kill_process_tree
@@ -163,8 +177,18 @@ def _answer(connection: Connection, arguments: dict[str, Any]) -> None:
     while (request := connection.recv()) is not None:
         method, keywords = request
         try:
-            connection.send(("value", getattr(engine, method)(**keywords)))
+            together = method == _TOGETHER
+            act = partial(_together, engine) if together else getattr(engine, method)
+            connection.send(("value", act(**keywords)))
         except Exception as error:
             traceback.print_exc()
             connection.send(("error", f"{type(error).__name__}: {error}"))
     engine.shutdown()
+
+
+def _together(engine: Any, requests: list[dict[str, Any]]) -> list[Any]:
+    async def gather() -> list[Any]:
+        replies = [engine.async_generate(**request) for request in requests]
+        return await asyncio.gather(*replies)
+
+    return engine.loop.run_until_complete(gather())
