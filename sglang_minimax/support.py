@@ -1,22 +1,17 @@
 """What is refused at launch, decided from plain values: one sentence each, with what works instead.
 
 Asked while arguments are checked, before a process is started or a byte of the checkpoint is read.
-No SGLang, no torch: the caller reads its arguments into a `Launch`.
+Whether the model can be divided over the ranks is `legality`'s answer; here is what we do not
+support for other reasons. No SGLang, no torch: the caller reads its arguments into a `Launch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from math import lcm
+from dataclasses import dataclass
 
+from sglang_minimax import expert_placement, legality
 from sglang_minimax.config import Architecture
-from sglang_minimax.topology import (
-    AttentionShard,
-    attention_tp_refusal,
-    is_legal_attention_tp,
-    moe_tp_size,
-)
 
 # Formats that the strict loader accounts for tensor by tensor.
 QUANTIZATIONS = (None, "fp8")
@@ -25,25 +20,17 @@ CAPTURING_ALGORITHMS = ("EAGLE3", "DFLASH", "DSPARK")
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
-    """The arguments that bear on what is supported.
+class Launch(legality.Sizes):
+    """The arguments that bear on what is supported: the sizes, and what goes with them."""
 
-    tp, dp, ep, pp: --tp-size, --attn-dp-size, --ep-size, --pp-size. attention_cp: --attn-cp-size.
-    moe_dp: --moe-dp-size. ep_redundant: --ep-num-redundant-experts.
-    """
-
-    tp: int = 1
-    dp: int = 1
-    ep: int = 1
-    pp: int = 1
-    attention_cp: int = 1
-    moe_dp: int = 1
     enable_two_batch_overlap: bool = False
     enable_single_batch_overlap: bool = False
-    ep_redundant: int = 0
     speculative_algorithm: str | None = None
     quantization: str | None = None
     moe_a2a_backend: str = "none"
+    enable_return_hidden_states: bool = False
+    enable_eplb: bool = False
+    init_expert_location: str = expert_placement.TRIVIAL
 
 
 Check = Callable[[Architecture, Launch], Iterator[str]]
@@ -55,152 +42,24 @@ def refusals(arch: Architecture, launch: Launch) -> list[str]:
 
 
 def _sizes(arch: Architecture, launch: Launch) -> Iterator[str]:
-    for option, size in (
-        ("--tp-size", launch.tp),
-        ("--attn-dp-size", launch.dp),
-        ("--ep-size", launch.ep),
-        ("--pp-size", launch.pp),
-    ):
-        if size < 1:
-            yield f"{option} {size} leaves no rank; use {option} 1 or more."
+    yield from legality.refusals(arch, launch)
 
 
-def _attention(arch: Architecture, launch: Launch) -> Iterator[str]:
-    if min(launch.tp, launch.dp) < 1:
-        return
-    size = _attention_tp(launch)
-    if size is None:
-        yield (
-            f"--tp-size {launch.tp} cannot be divided into {_attention_parts(launch)} data- or "
-            f"context-parallel attention groups; use an --attn-dp-size that divides {launch.tp}."
-        )
-        return
-    refusal = attention_tp_refusal(arch.num_heads, arch.num_kv_heads, size)
-    if refusal:
-        yield f"--tp-size {launch.tp}: {refusal}{_data_parallel_remedy(arch, launch)}"
-    elif cut := _cut_head_blocks(arch, size):
-        yield cut
-
-
-def _attention_parts(launch: Launch) -> int:
-    return launch.dp * launch.attention_cp
-
-
-def _attention_tp(launch: Launch) -> int | None:
-    """The attention-TP size, None where the ranks cannot be divided."""
-    size, rest = divmod(launch.tp, _attention_parts(launch))
-    return None if rest or not size else size
-
-
-def _attention_fits(arch: Architecture, launch: Launch) -> bool:
-    size = _attention_tp(launch)
-    if size is None or not is_legal_attention_tp(arch.num_heads, arch.num_kv_heads, size):
-        return False
-    return _cut_head_blocks(arch, size) is None
-
-
-def _data_parallel_remedy(arch: Architecture, launch: Launch) -> str:
-    """The smallest --attn-dp-size that makes the attention fit these ranks, if there is one."""
-    for dp in range(2, launch.tp + 1):
-        if _attention_fits(arch, replace(launch, dp=dp)):
-            return f" With --attn-dp-size {dp} the same ranks fit."
-    return ""
-
-
-def _cut_head_blocks(arch: Architecture, size: int) -> str | None:
-    """Why a rank's heads are not whole FP8 blocks; None where they are, or there are none."""
-    if arch.weight_block is None:
-        return None
-    shard = AttentionShard(size, 0, arch.head_dim, arch.num_heads, arch.num_kv_heads)
-    rows, columns = arch.weight_block
-    for what, width, block in (
-        ("q_proj", shard.q_width, rows),
-        ("k_proj and v_proj", shard.kv_width, rows),
-        ("o_proj", shard.q_width, columns if size > 1 else 1),
-    ):
-        if width % block:
-            return (
-                f"attention-TP size {size} leaves {width} rows of {what} a rank, which cuts a "
-                f"{block}-row FP8 block; use fewer ranks or a BF16 checkpoint."
-            )
-    return None
-
-
-def _experts(arch: Architecture, launch: Launch) -> Iterator[str]:
-    if min(launch.tp, launch.ep) < 1:
-        return
-    if launch.tp % launch.ep:
-        yield (
-            f"--ep-size {launch.ep} does not divide --tp-size {launch.tp}; "
-            f"use --ep-size {_largest_divisor(launch.tp, launch.ep)}."
-        )
-        return
-    physical = arch.num_experts + launch.ep_redundant
-    if physical % launch.ep:
-        yield (
-            f"--ep-size {launch.ep} does not divide {physical} experts; use --ep-size "
-            f"{_largest_divisor(physical, launch.ep)}, or add {-physical % launch.ep} to "
-            "--ep-num-redundant-experts."
-        )
-        return
-    yield from _expert_width(arch, launch)
-
-
-def _expert_width(arch: Architecture, launch: Launch) -> Iterator[str]:
-    if _expert_fits(arch, launch):
-        return
-    size, width = moe_tp_size(launch.tp // launch.moe_dp, launch.ep), arch.expert_width
-    rows, rest = divmod(width, size)
-    remedy = _expert_remedy(arch, launch)
-    if rest:
-        yield f"expert width {width} is not divisible over {size} ranks; {remedy}."
-    else:
-        yield (
-            f"expert width {width} over MoE-TP {size} leaves {rows} rows a rank, which cuts a "
-            f"{_expert_block(arch)}-row FP8 block; {remedy}."
-        )
-
-
-def _expert_block(arch: Architecture) -> int:
-    """Rows of an expert that must stay together: whole blocks of w1 and w3, and of w2's columns."""
-    return lcm(*arch.weight_block) if arch.weight_block else 1
-
-
-def _expert_fits(arch: Architecture, launch: Launch) -> bool:
-    if launch.tp % launch.ep or (arch.num_experts + launch.ep_redundant) % launch.ep:
-        return False
-    rows, rest = divmod(arch.expert_width, moe_tp_size(launch.tp // launch.moe_dp, launch.ep))
-    return not rest and rows % _expert_block(arch) == 0
-
-
-def _expert_remedy(arch: Architecture, launch: Launch) -> str:
-    """The largest --ep-size on these ranks, or the nearest smaller --tp-size, that fits."""
-    wider = [replace(launch, ep=ep) for ep in range(launch.tp, launch.ep, -1)]
-    smaller = [replace(launch, tp=tp) for tp in range(launch.tp - 1, 0, -1)]
-    options = [f"--ep-size {each.ep}" for each in wider if _expert_fits(arch, each)][:1]
-    options += [
-        f"--tp-size {each.tp}"
-        for each in smaller
-        if _expert_fits(arch, each) and _attention_fits(arch, each)
-    ][:1]
-    return "use " + (" or ".join(options) or "a BF16 checkpoint")
-
-
-def _largest_divisor(total: int, at_most: int) -> int:
-    return next(n for n in range(min(total, at_most), 0, -1) if total % n == 0)
-
-
-def _pipeline(arch: Architecture, launch: Launch) -> Iterator[str]:
-    if launch.pp > arch.num_layers:
-        yield (
-            f"--pp-size {launch.pp} exceeds the {arch.num_layers} layers; "
-            f"use --pp-size {arch.num_layers} or less."
-        )
+def _speculation(arch: Architecture, launch: Launch) -> Iterator[str]:
     algorithm = (launch.speculative_algorithm or "").upper()
     if launch.pp > 1 and algorithm in CAPTURING_ALGORITHMS:
         yield (
             f"{algorithm} reads the outputs of layers that --pp-size {launch.pp} puts on several "
             "stages; use --pp-size 1."
+        )
+
+
+def _hidden_states(arch: Architecture, launch: Launch) -> Iterator[str]:
+    # The first stage looks for them in a result that it does not have, which ends the scheduler.
+    if launch.enable_return_hidden_states and launch.pp > 1:
+        yield (
+            f"--enable-return-hidden-states does not work with --pp-size {launch.pp}: the first "
+            "request for hidden states would end the server; start without one of them."
         )
 
 
@@ -217,6 +76,21 @@ def _overlap(arch: Architecture, launch: Launch) -> Iterator[str]:
         )
 
 
+def _placement(arch: Architecture, launch: Launch) -> Iterator[str]:
+    if launch.enable_eplb and launch.ep == 1:
+        remedy = f"use --ep-size {launch.tp} or " if launch.tp > 1 else ""
+        yield (
+            "--enable-eplb moves experts between expert-parallel ranks, and --ep-size is 1; "
+            f"{remedy}start without it."
+        )
+    yield from expert_placement.refusals(
+        launch.init_expert_location,
+        layers=arch.num_layers,
+        experts=arch.num_experts,
+        redundant=launch.ep_redundant,
+    )
+
+
 def _format(arch: Architecture, launch: Launch) -> Iterator[str]:
     if launch.quantization not in QUANTIZATIONS:
         yield (
@@ -226,4 +100,4 @@ def _format(arch: Architecture, launch: Launch) -> Iterator[str]:
         )
 
 
-CHECKS: tuple[Check, ...] = (_sizes, _attention, _experts, _pipeline, _overlap, _format)
+CHECKS: tuple[Check, ...] = (_sizes, _speculation, _hidden_states, _overlap, _placement, _format)

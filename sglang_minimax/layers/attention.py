@@ -20,13 +20,7 @@ from sglang_minimax.topology import AttentionShard
 def attention_shard(arch: Architecture) -> AttentionShard:
     """What this rank holds of the attention: its place in the attention-TP group decides."""
     parallel = get_parallel()
-    return AttentionShard(
-        size=parallel.attn_tp_size,
-        rank=parallel.attn_tp_rank,
-        head_dim=arch.head_dim,
-        total_q_heads=arch.num_heads,
-        total_kv_heads=arch.num_kv_heads,
-    )
+    return AttentionShard.of(arch, parallel.attn_tp_size, parallel.attn_tp_rank)
 
 
 class MiniMaxM2Attention(nn.Module):

@@ -7,7 +7,6 @@ through `loading.strict`, which leaves no parameter unwritten and no tensor unac
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -36,11 +35,13 @@ from torch import nn
 from sglang_minimax.config import Architecture
 from sglang_minimax.errors import TopologyError
 from sglang_minimax.layers.attention import MiniMaxM2Attention, attention_shard
+from sglang_minimax.layers.cut import check_layers, check_vocabulary
 from sglang_minimax.layers.moe import MiniMaxM2MoE
 from sglang_minimax.loading.arrival import ExpertShare
+from sglang_minimax.loading.problems import Problems
 from sglang_minimax.loading.slots import Stage
 from sglang_minimax.loading.strict import StrictLoader
-from sglang_minimax.topology import expert_range, expert_rows, layer_range
+from sglang_minimax.topology import expert_range, expert_rows
 
 
 def stage_facts(layer_id: int) -> tuple[Any, Any]:
@@ -245,28 +246,14 @@ class MiniMaxM2ForCausalLM(nn.Module):
             return head.tie_weights(embedding)
         return head
 
-    def _check_layers(self) -> None:
-        """Raise TopologyError where SGLang cut the stages otherwise than `topology` does."""
-        partition = os.environ.get("SGLANG_PP_LAYER_PARTITION")
-        group = self.pp_group
-        ours = layer_range(
-            self.arch.num_layers,
-            group.world_size,
-            group.rank_in_group,
-            [int(count) for count in partition.split(",")] if partition else None,
-        )
-        theirs = range(self.start_layer, self.end_layer)
-        if ours != theirs:
-            raise TopologyError(
-                f"pipeline stage {group.rank_in_group} has layers {theirs.start} to {theirs.stop} "
-                f"of SGLang, but {ours.start} to {ours.stop} were expected; report this."
-            )
-
     def _strict_loader(self) -> StrictLoader:
-        self._check_layers()
+        layers = range(self.start_layer, self.end_layer)
+        check_layers(self.arch, layers)
+        check_vocabulary(self.arch, "embedding", self.model.embed_tokens)
+        check_vocabulary(self.arch, "head", self.lm_head)
         stage = Stage(
             attention=attention_shard(self.arch),
-            layers=range(self.start_layer, self.end_layer),
+            layers=layers,
             embed=self.pp_group.is_first_rank,
             head=self.pp_group.is_last_rank,
         )
@@ -383,13 +370,26 @@ class MiniMaxM2ForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load (name, tensor) pairs; the first call must fill the model, later ones may be partial.
 
-        Returns the names of the parameters written. Raises LoadError with the list of what does not
-        fit.
+        Returns the names of the parameters written. Raises LoadError, which lists what is wrong.
         """
         return self._loader.load(weights)
 
+    def weight_problems(
+        self, weights: Iterable[tuple[str, torch.Tensor]], *, complete: bool = False
+    ) -> Problems:
+        """What `load_weights` would refuse; nothing is written. Tensors may be on the meta device.
+
+        complete: whether they must fill the whole model. Raises LoadError for an unreadable source.
+        """
+        return self._loader.problems_of(weights, complete=complete)
+
+    @property
+    def partly_replaced(self) -> bool:
+        """Whether weights may have been written since the last load of all of them."""
+        return self._loader.partial
+
     def demand_complete_load(self) -> AbstractContextManager[None]:
-        """Inside, every `load_weights` must fill the whole model, as the first one."""
+        """Inside, each `load_weights` must fill the whole model; after a failure all fail."""
         return self._loader.complete()
 
     def post_load_weights(self) -> None:

@@ -118,6 +118,7 @@ def launch_of(server_args: Any) -> Launch:
         dp=cfg.attn_dp_size,
         ep=cfg.ep_size,
         pp=cfg.pp_size,
+        nodes=cfg.nnodes,
         attention_cp=cfg.attn_cp_size,
         moe_dp=cfg.moe_dp_size,
         enable_two_batch_overlap=cfg.enable_two_batch_overlap,
@@ -126,6 +127,9 @@ def launch_of(server_args: Any) -> Launch:
         speculative_algorithm=cfg.speculative_algorithm,
         quantization=model_config_of(server_args).quantization,
         moe_a2a_backend=cfg.moe_a2a_backend,
+        enable_return_hidden_states=cfg.enable_return_hidden_states,
+        enable_eplb=cfg.enable_eplb,
+        init_expert_location=cfg.init_expert_location,
     )
 
 

@@ -6,6 +6,7 @@ rank's share and pad what is too short without a word, which is what the ledger 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from sglang_minimax.config import Architecture
 from sglang_minimax.errors import LoadError
 from sglang_minimax.loading.arrival import ExpertShare
+from sglang_minimax.loading.ledger import direct_problems
 from sglang_minimax.loading.slots import Stage
 from sglang_minimax.loading.strict import StrictLoader
 from sglang_minimax.topology import AttentionShard, ceil_div, expert_range, expert_rows
@@ -525,14 +527,129 @@ def test_a_complete_load_can_be_demanded_again():
     loader.load(iter(checkpoint().items()))
     norm = [("model.norm.weight", torch.ones(32))]
     with loader.complete():
-        for _ in range(2):
-            with pytest.raises(LoadError, match="missing"):
-                loader.load(norm)
         assert loader.load(iter(checkpoint().items())) == set(model.store)
         with pytest.raises(LoadError, match="missing"):
             loader.load(norm)
+    with loader.complete(), pytest.raises(LoadError, match="missing"):
+        loader.load(norm)
     assert loader.load(norm) == {"model.norm.weight"}
     assert no_gap(model)
+
+
+def test_after_a_failure_under_complete_nothing_more_is_read():
+    """SGLang's way back reads the same source once more, which could then even be accepted."""
+    model, loader = build()
+    loader.load(iter(checkpoint().items()))
+    name = "model.layers.0.input_layernorm.weight"
+    before = model.store[name].clone()
+    with loader.complete():
+        with pytest.raises(LoadError, match="missing"):
+            loader.load([])
+        with pytest.raises(LoadError, match="missing"):
+            loader.load({**checkpoint(), name: before + 1}.items())
+    assert torch.equal(model.store[name], before)
+    with loader.complete():
+        loader.load(iter(checkpoint().items()))
+
+
+def test_a_model_knows_whether_it_is_that_of_a_checkpoint():
+    _, loader = build()
+    assert not loader.partial
+    loader.load(iter(checkpoint().items()))
+    assert not loader.partial
+    loader.load([("model.norm.weight", torch.ones(32))])
+    assert loader.partial
+    with loader.complete(), pytest.raises(LoadError):
+        loader.load([])
+    assert loader.partial
+    with loader.complete():
+        loader.load(iter(checkpoint().items()))
+    assert not loader.partial
+
+
+# --- judging without writing ---
+
+
+def announced(weights: Weights) -> list[tuple[str, torch.Tensor]]:
+    return [(name, tensor.to("meta")) for name, tensor in weights.items()]
+
+
+@pytest.mark.parametrize("pairs", [lambda w: list(w.items()), announced], ids=["real", "meta"])
+def test_looking_writes_nothing_and_finds_what_a_load_would_refuse(pairs):
+    model, loader = build()
+    loader.load(iter(checkpoint().items()))
+    before = {name: parameter.clone() for name, parameter in model.store.items()}
+    model.writes.clear()
+    weights = {name: tensor + 1 for name, tensor in checkpoint().items()}
+    name = "model.layers.2.self_attn.o_proj.weight"
+    assert not loader.problems_of(pairs(weights), complete=True)
+    for wrong, words in (
+        ({**weights, name: weights[name][:1]}, f"misshapen: {name}"),
+        ({**weights, "nonsense": torch.ones(1)}, "unexpected: nonsense"),
+        ({**weights, name: weights[name].to(torch.int8)}, f"invalid: {name}"),
+        ({key: w for key, w in weights.items() if key != name}, f"missing: {name}"),
+    ):
+        assert words in str(loader.problems_of(pairs(wrong), complete=True).error())
+    assert "duplicate" in str(loader.problems_of(pairs(weights) * 2).error())
+    assert not loader.problems_of(pairs({name: weights[name]}))
+    assert model.writes == []
+    assert all(torch.equal(model.store[n], tensor) for n, tensor in before.items())
+
+
+def test_looking_judges_scales_that_have_values():
+    _, loader = build(fp8=True)
+    name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    scale = torch.zeros(2, 8)
+    assert "scales from 0.0" in str(loader.problems_of([(name, scale)]).error())
+    assert not loader.problems_of([(name, scale.to("meta"))])
+
+
+@pytest.mark.parametrize(
+    ("built", "brought"),
+    [(torch.float32, torch.float8_e4m3fn), (torch.float8_e4m3fn, torch.bfloat16)],
+)
+def test_a_cast_to_or_from_fp8_lacks_the_scale(built, brought):
+    model, _ = build()
+    name = "model.layers.0.self_attn.o_proj.weight"
+    model.store[name].data = model.store[name].to(built)
+    loader = StrictLoader(model, ARCH, whole_stage())
+    loader.filled_elsewhere()
+    weight = torch.ones(32, 128)
+    assert not loader.problems_of([(name, weight.to(built))])
+    assert f"{name} is {brought}, expected {built}" in str(
+        loader.problems_of([(name, weight.to(brought))]).error()
+    )
+
+
+def test_a_weight_that_was_quantised_after_loading_cannot_be_replaced():
+    model, loader = build()
+    loader.load(iter(checkpoint().items()))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    model.store[name].data = model.store[name].to(torch.float8_e4m3fn)
+    with pytest.raises(LoadError, match=f"{name} cannot be replaced"):
+        loader.load([(name, torch.ones(32, 128))])
+
+
+DIRECT_CASES = {
+    "unknown": ([("nonsense", torch.ones(1))], "unexpected: nonsense"),
+    "short": ([("a", torch.ones(3))], "misshapen: a is [3], expected [4]"),
+    # SGLang's copy would fill the whole parameter with a single value.
+    "single": ([("a", torch.ones(1))], "misshapen: a is [1]"),
+    "twice": ([("a", torch.ones(4)), ("a", torch.ones(4))], "duplicate: a"),
+    "integers": ([("a", torch.ones(4, dtype=torch.int32))], "invalid: a is torch.int32"),
+    "fp8": ([("a", torch.ones(4).to(torch.float8_e4m3fn))], "invalid: a is torch.float8_e4m3fn"),
+    "scale": ([("a.weight_scale", torch.zeros(1))], "invalid: a.weight_scale has scales"),
+}
+
+
+@pytest.mark.parametrize("case", DIRECT_CASES)
+def test_what_is_copied_directly_must_have_the_shape_of_the_parameter(case):
+    names = {"a": torch.zeros(4), "a.weight_scale": torch.ones(1)}
+    parameters = {name: nn.Parameter(tensor) for name, tensor in names.items()}
+    weights, words = DIRECT_CASES[case]
+    assert words in str(direct_problems(parameters, weights).error())
+    good = [("a", torch.ones(4, dtype=torch.bfloat16)), ("a.weight_scale", torch.ones(1))]
+    assert not direct_problems(parameters, good)
 
 
 def test_a_refused_complete_load_in_one_piece_leaves_no_mark():
@@ -566,14 +683,21 @@ def test_an_expert_that_the_loader_skips_is_named(shard, fp8, dtype):
     parameter = model.store[name]
     load = parameter.weight_loader
     parameter.data = torch.zeros(parameter.shape, dtype=dtype)
+    loader = StrictLoader(model, ARCH, whole_stage(), weight_block=BLOCK if fp8 else None)
 
     def lossy(param, tensor, *args, shard_id, expert_id):
         if (shard_id, expert_id) != (shard, 2):
             load(param, tensor, *args, shard_id=shard_id, expert_id=expert_id)
 
     parameter.weight_loader = lossy
+    weights = checkpoint(fp8=fp8)
+    if dtype.itemsize == 1:
+        expert = re.compile(
+            rf"model\.layers\.1\..*experts\.\d\.{packed.replace('13', '[13]')}\.weight"
+        )
+        weights = {n: w.to(dtype) if expert.fullmatch(n) else w for n, w in weights.items()}
     with pytest.raises(LoadError) as caught:
-        loader.load(iter(checkpoint(fp8=fp8).items()))
+        loader.load(iter(weights.items()))
     assert "(1 missing)" in str(caught.value)
     assert f"missing: {shard} of local expert 2 in {name}" in str(caught.value)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 
 import pytest
 
 from sglang_minimax.config import Architecture
+from sglang_minimax.legality import OPTIONS, REDUNDANT
 from sglang_minimax.support import Launch, refusals
 
 FP8 = Architecture.from_config(
@@ -49,17 +51,16 @@ def test_bf16_has_no_blocks_to_cut():
     assert refusals(BF16, Launch(tp=16)) == []
 
 
-def test_fp8_at_tp8_names_the_rows_and_both_ways_out():
+def test_fp8_at_tp8_names_the_rows_and_the_ways_out():
     assert only(FP8, tp=8) == (
         "expert width 1536 over MoE-TP 8 leaves 192 rows a rank, which cuts a 128-row FP8 block; "
-        "use --ep-size 8 or --tp-size 4."
+        "use --ep-size 2, or --tp-size 4, or --ep-size 8 for whole experts."
     )
 
 
 def test_illegal_attention_sizes_name_the_nearest_and_the_data_parallel_way():
     sentence = only(BF16, tp=12)
-    assert "nearest sizes that do: 8 or 16." in sentence
-    assert "--attn-dp-size 3" in sentence
+    assert sentence.endswith("; use --attn-dp-size 3, or --tp-size 8 or 16.")
     assert refusals(BF16, Launch(tp=12, dp=3)) == []
 
 
@@ -67,21 +68,27 @@ def test_data_parallel_attention_changes_the_size_that_counts():
     # 32 ranks cannot share 48 heads, 32 / 2 can.
     assert "32" in only(BF16, tp=32, ep=32)
     assert refusals(BF16, Launch(tp=32, ep=32, dp=2)) == []
-    assert "--attn-dp-size that divides 8" in only(BF16, tp=8, dp=3)
+    assert only(BF16, tp=8, dp=3) == (
+        "--attn-dp-size 3 does not divide --tp-size 8; "
+        "use --attn-dp-size 2 or 4, or --tp-size 6 or 12."
+    )
 
 
 def test_experts_that_do_not_divide():
     assert "--ep-size 4" in only(BF16, tp=12, dp=12, ep=5)
     sentence = only(BF16, tp=24, ep=24)
     assert "24 does not divide 256 experts" in sentence
-    assert "--ep-size 16, or add 8 to --ep-num-redundant-experts" in sentence
+    # 16 divides the experts, but not the ranks.
+    assert sentence.endswith("; use --ep-size 8, or --ep-num-redundant-experts 8.")
     assert refusals(BF16, Launch(tp=24, ep=24, ep_redundant=8)) == []
+    assert refusals(BF16, Launch(tp=24, ep=8)) == []
 
 
 def test_expert_width_that_does_not_divide():
     wide = replace(BF16, expert_width=1000)
-    assert "1000 is not divisible over 16 ranks; use --ep-size 16 or --tp-size 8." in only(
-        wide, tp=16
+    assert only(wide, tp=16) == (
+        "expert width 1000 is not divisible over 16 ranks; "
+        "use --ep-size 2, or --tp-size 8, or --ep-size 16 for whole experts."
     )
 
 
@@ -119,28 +126,53 @@ def test_no_ranks(field):
 
 
 @pytest.mark.parametrize("arch", [FP8, BF16], ids=["fp8", "bf16"])
-def test_every_remedy_in_a_sentence_about_experts_works(arch):
-    """Over all small topologies: what a refusal proposes is itself accepted."""
+def test_every_proposed_launch_is_accepted(arch):
+    """What a refusal proposes removes that refusal; a --tp-size removes those of the other, too."""
     tried = 0
-    for tp in range(1, 49):
-        for ep in range(1, tp + 1):
-            launch = Launch(tp=tp, ep=ep, dp=tp)
+    for tp in (*range(1, 17), 24, 32, 72):
+        for dp, ep in itertools.product((1, 2, 3, 8), (1, 2, 5, 8, 72)):
+            launch = Launch(tp=tp, dp=dp, ep=ep)
             for sentence in refusals(arch, launch):
-                if found := re.search(r"use --ep-size (\d+)( or|\.)", sentence):
-                    proposed = replace(launch, ep=int(found[1]))
-                    remaining = refusals(arch, proposed)
-                    # The first obstacle is gone; the next one, if any, is another one.
-                    assert sentence not in remaining
+                for changes in proposals(sentence):
+                    said = refusals(arch, replace(launch, **changes))
+                    assert sentence not in said
+                    assert said == [] or "tp" not in changes
                     tried += 1
-    assert tried > 100
+    assert tried > 500
 
 
-@pytest.mark.parametrize("arch", [FP8, BF16], ids=["fp8", "bf16"])
-def test_every_proposed_tp_size_is_accepted(arch):
-    for tp in range(1, 65):
-        for sentence in refusals(arch, Launch(tp=tp)):
-            if found := re.search(r"or --tp-size (\d+)\.$", sentence):
-                assert refusals(arch, Launch(tp=int(found[1]))) == []
+def proposals(sentence: str) -> list[dict[str, int]]:
+    """The sizes that a sentence tells the user to change, one alternative an entry."""
+    names = {option: name for name, option in OPTIONS.items()} | {REDUNDANT: "ep_redundant"}
+    found = []
+    for part in sentence.split("; use ")[1].split(", or "):
+        settings = re.findall(r"(--[a-z-]+) (\d+)(?: or (\d+))?", part)
+        if " with " in part:
+            found.append({names[option]: int(size) for option, size, _ in settings})
+        else:
+            found += [{names[o]: int(n)} for o, *sizes in settings for n in sizes if n]
+    return found
+
+
+def test_proposals_are_read_as_meant() -> None:
+    assert proposals("no; use --ep-size 2 or 4, or --tp-size 6.") == [
+        {"ep": 2},
+        {"ep": 4},
+        {"tp": 6},
+    ]
+    assert proposals("no; use --tp-size 8 with --attn-dp-size 2 and --ep-size 4.") == [
+        {"tp": 8, "dp": 2, "ep": 4}
+    ]
+
+
+def test_nodes() -> None:
+    assert only(BF16, tp=16, nodes=3).endswith("evenly; use --nnodes 2 or 4.")
+    assert refusals(BF16, Launch(tp=16, nodes=4)) == []
+
+
+def test_sizes_that_only_sglang_knows_are_part_of_the_division() -> None:
+    assert "--attn-cp-size 3 does not divide --tp-size 8" in only(BF16, tp=8, attention_cp=3)
+    assert "--moe-dp-size 4 does not divide --tp-size 8" in only(BF16, tp=8, ep=4, moe_dp=4)
 
 
 def test_moe_data_parallel_groups_hold_wider_experts() -> None:

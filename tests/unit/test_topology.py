@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import doctest
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_minimax import shards, topology
 from sglang_minimax.errors import TopologyError
 from sglang_minimax.topology import (
     AttentionShard,
@@ -134,3 +140,39 @@ def test_expert_shares():
         expert_range(256, 3, 0)
     with pytest.raises(TopologyError, match="1536 is not divisible by 7"):
         expert_rows(1536, 7, 0)
+
+
+@pytest.mark.parametrize("module", [shards, topology], ids=lambda module: module.__name__)
+def test_examples(module):
+    done = doctest.testmod(module)
+    assert done.attempted
+    assert not done.failed
+
+
+PACKAGE = Path(topology.__file__).parent
+ROOMS = [PACKAGE / room for room in ("models", "layers", "loading")]
+OF_A_RANK = re.compile(r"(^|_)(rank|ranks|tp|dp|ep|pp|cp|world)(_|$)|group_size")
+
+
+def rank_arithmetic(source: str) -> list[str]:
+    """The divisions and remainders in which a rank or the size of a group takes part."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        divides = isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv | ast.Mod)
+        divides |= isinstance(node, ast.Call) and getattr(node.func, "id", "") == "divmod"
+        names = {getattr(each, "attr", getattr(each, "id", "")) for each in ast.walk(node)}
+        if divides and any(OF_A_RANK.search(name) for name in names):
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_nobody_else_divides_by_a_number_of_ranks(room):
+    for path in room.rglob("*.py"):
+        assert rank_arithmetic(path.read_text()) == [], path
+
+
+def test_a_division_elsewhere_would_show():
+    assert rank_arithmetic("heads = arch.num_heads // parallel.attn_tp_size")
+    assert rank_arithmetic("owner, _ = divmod(self.rank, replicas)")
+    assert rank_arithmetic("half = data.shape[1] // 2") == []
