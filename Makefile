@@ -8,13 +8,15 @@ MODEL   := sglang_minimax/assets/tiny-m2
 HOST    ?= 127.0.0.1
 PORT    ?= 30000
 
-.PHONY: serve demo test lint install clean help
+.PHONY: serve demo test test-all validate lint install clean help
 
 help:
-	@echo "make serve   a MiniMax-M2 server on http://$(HOST):$(PORT) (PORT=... to change)"
-	@echo "make demo    start a server, ask two questions, stop it"
-	@echo "make test    all tests of a CPU-only machine"
-	@echo "make lint    ruff and mypy"
+	@echo "make serve     a MiniMax-M2 server on http://$(HOST):$(PORT) (PORT=... to change)"
+	@echo "make demo      start a server, ask two questions, stop it"
+	@echo "make test      all tests of a CPU-only machine"
+	@echo "make test-all  make test, then the shapes again with the trained tiny-m2"
+	@echo "make validate  every topology of ci/topologies.yaml against transformers"
+	@echo "make lint      ruff and mypy"
 
 # The version check is first: a venv made by an old Python would only fail later.
 $(STAMP): pyproject.toml
@@ -40,6 +42,13 @@ lint: $(STAMP)
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest
+
+validate: $(STAMP)
+	$(BIN)/sglang-minimax validate $(ARGS)
+
+# Sure of its answers and far from random, the trained model weighs errors differently.
+test-all: test
+	$(BIN)/sglang-minimax validate --checkpoint $(MODEL)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

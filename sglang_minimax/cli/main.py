@@ -68,6 +68,60 @@ def demo() -> None:
     _stop_on_user_error(run)
 
 
+@app.command()
+def validate(
+    topology: Annotated[
+        str | None, typer.Option(help="One shape, as tp=8,dp=2; without it, the whole list.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder, instead of the list's random weights.")
+    ] = None,
+    random_config: Annotated[
+        str | None,
+        typer.Option(help="A MiniMax-M2 config.json or its text; random weights are made for it."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a list with one object a shape.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that an engine may be silent.")] = 300.0,
+) -> None:
+    """Run shapes with SGLang's engine and compare with transformers; exit 1 if any falls short."""
+    from sglang_minimax.cli.validate import validate as run
+
+    _stop_on_user_error(lambda: run(topology, checkpoint, random_config, as_json, timeout))
+
+
+@app.command()
+def topology(
+    config: Annotated[
+        Path | None,
+        typer.Option(help="config.json or checkpoint folder; the published shape without."),
+    ] = None,
+    tp: Annotated[int, typer.Option("--tp", "--tp-size", help="Ranks of a stage.")] = 1,
+    dp: Annotated[int, typer.Option("--dp", "--attn-dp-size", help="Attention groups.")] = 1,
+    ep: Annotated[int, typer.Option("--ep", "--ep-size", help="Expert groups.")] = 1,
+    pp: Annotated[int, typer.Option("--pp", "--pp-size", help="Pipeline stages.")] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", "--nnodes", help="Machines.")] = 1,
+    redundant_experts: Annotated[
+        int,
+        typer.Option(
+            "--redundant-experts", "--ep-num-redundant-experts", help="Copies beyond the model's."
+        ),
+    ] = 0,
+    dp_lm_head: Annotated[
+        bool,
+        typer.Option("--dp-lm-head", "--enable-dp-lm-head", help="Cut the head over attention-TP."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show which rank owns what, and with whom; exit 1 where the model cannot be divided so."""
+    from sglang_minimax.cli.topology import topology as show
+    from sglang_minimax.legality import Sizes
+
+    sizes = Sizes(tp=tp, dp=dp, ep=ep, pp=pp, nodes=nodes, ep_redundant=redundant_experts)
+    _stop_on_user_error(lambda: show(config, sizes, dp_lm_head=dp_lm_head, as_json=as_json))
+
+
 def _stop_on_user_error(command: Callable[[], int]) -> NoReturn:
     """Exit with the command's status; a MinimaxError is one line on stderr and status 1."""
     try:

@@ -51,6 +51,9 @@ class TransformersOracle:
         def record(router: Any, inputs: tuple[torch.Tensor, ...], _: object) -> None:
             hidden, bias = inputs
             scores = (hidden.float() @ router.weight.float().T).sigmoid() + bias.float()
+            if router.top_k == scores.shape[-1]:  # every expert is chosen, always
+                margins.append(torch.full(scores.shape[:-1], torch.inf))
+                return
             best = scores.topk(router.top_k + 1, dim=-1).values
             margins.append(best[:, -2] - best[:, -1])
 
@@ -62,6 +65,23 @@ class TransformersOracle:
             for hook in hooks:
                 hook.remove()
         return torch.stack(margins).amin(0)
+
+    @torch.inference_mode()
+    def layer_outputs(self, tokens: Sequence[int]) -> list[torch.Tensor]:
+        """[len(tokens), hidden] of each layer: the residual stream behind it."""
+        outputs: list[torch.Tensor] = []
+
+        def record(_module: Any, _inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            outputs.append(hidden.reshape(len(tokens), -1))
+
+        hooks = [layer.register_forward_hook(record) for layer in self.model.model.layers]
+        try:
+            self.log_probabilities(tokens)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs
 
     def greedy(self, prompt: Sequence[int], steps: int) -> list[int]:
         """The `steps` most likely tokens after `prompt`, each given the ones before."""

@@ -150,23 +150,7 @@ def test_captured_residuals_are_the_layers_outputs(
             return_hidden_states=True,
         )
     found = torch.tensor(reply["meta_info"]["hidden_states"][0])  # [tokens, LAYERS * hidden]
-    expected = torch.cat(_layer_outputs(oracles("tiny-m2"), prompt), dim=-1)
+    expected = torch.cat(oracles("tiny-m2").layer_outputs(prompt), dim=-1)
     assert found.shape == expected.shape
     # Residuals grow to a few tens; the same relative error as for log-probabilities.
     assert (found - expected).abs().max() < 1e-4
-
-
-def _layer_outputs(oracle: TransformersOracle, tokens: list[int]) -> list[torch.Tensor]:
-    outputs: list[torch.Tensor] = []
-    hooks = [
-        layer.register_forward_hook(
-            lambda _module, _inputs, output: outputs.append(
-                (output[0] if isinstance(output, tuple) else output).reshape(len(tokens), -1)
-            )
-        )
-        for layer in oracle.model.model.layers
-    ]
-    oracle.log_probabilities(tokens)
-    for hook in hooks:
-        hook.remove()
-    return outputs
