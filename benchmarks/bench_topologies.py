@@ -155,8 +155,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.set_xlim(1e-6, 1e-4)
     axes.set_xlabel("largest difference of a log-probability; the bar is what fp32 allows")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -1,4 +1,4 @@
-"""Write the README's measured tables from the committed result files.
+"""Write the README's measured tables from the committed result files, and the list of shapes.
 
     python -m benchmarks.readme
 
@@ -17,18 +17,29 @@ from typing import Any
 from benchmarks.common import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
+VALIDATION = README.parent / "docs/validation.md"
 Result = dict[str, Any]
 
 
-def agreement() -> str:
-    """Shapes against transformers."""
-    data = _read("agreement")
+def topologies() -> str:
+    """Every shape of the list, in-tree and here, against transformers."""
+    data = _read("topologies")
     rows = [
-        (row["model"], row["shape"], str(row["kv_replicas"]), f"{row['max_error']:.1e}")
+        (f"`{row['shape']}`", row["why"], _agreed(row["in_tree"]), _agreed(row["ours"]))
         for row in data["rows"]
     ]
-    table = _table(("model", "shape", "ranks with each KV head", "largest difference"), rows)
-    return table + _source("agreement", data["provenance"])
+    head = ("shape", "", "SGLang in-tree", "sglang-minimax")
+    return _table(head, rows) + _source("topologies", data["provenance"])
+
+
+def _agreed(found: Result) -> str:
+    """The largest difference, with the layers of KV cache where stages share them."""
+    if found["max_error"] is None:
+        return f"**ends**: `{found['ends'].rpartition('status -9: ')[2][:80].strip()}`"
+    layers = found.get("kv_layers") or []
+    stages = f"; KV cache for {', '.join(map(str, layers))} layers" if len(layers) > 1 else ""
+    other = "" if found["tokens_equal"] else "**other tokens**, "
+    return f"{other}{found['max_error']:.1e}{stages}"
 
 
 def startup() -> str:
@@ -85,7 +96,7 @@ def _shown(outcome: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "agreement": agreement,
+    "topologies": topologies,
     "startup": startup,
     "strictness": strictness,
     "tiny": tiny,
@@ -119,5 +130,15 @@ def _source(name: str, provenance: Result) -> str:
     )
 
 
+def with_the_list(text: str) -> str:
+    """docs/validation.md with the table of ci/topologies.yaml between its comments."""
+    from sglang_minimax.validation.report import topology_table
+    from sglang_minimax.validation.shapes import catalogue
+
+    block = f"<!-- list -->\n{topology_table(catalogue())}\n<!-- /list -->"
+    return re.sub(r"<!-- list -->.*?<!-- /list -->", lambda _: block, text, flags=re.DOTALL)
+
+
 if __name__ == "__main__":
     README.write_text(rendered(README.read_text()))
+    VALIDATION.write_text(with_the_list(VALIDATION.read_text()))

@@ -27,6 +27,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "vocab_size": 200064,
         "num_attention_heads": 48,
         "num_key_value_heads": 8,
+        "head_dim": 128,
         "intermediate_size": 1536,
         "num_local_experts": 256,
         "num_experts_per_tok": 8,
@@ -229,18 +230,6 @@ def _rope_scaling(rope: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return MappingProxyType({"rope_type": kind, **rest})
 
 
-def _head_dim(reader: _Reader, hidden_size: int, num_heads: int) -> int:
-    value = reader.present("head_dim")
-    if value is not _ABSENT:
-        return _integer("head_dim", value, 1)
-    if hidden_size % num_heads:
-        _refuse(
-            f"config: head_dim is missing and hidden_size {hidden_size} is not divisible by "
-            f"num_attention_heads {num_heads}; add head_dim to config.json."
-        )
-    return hidden_size // num_heads
-
-
 def _num_experts(reader: _Reader) -> int:
     claims = {
         key: value if value is _ABSENT else _integer(key, value, 1)
@@ -302,7 +291,7 @@ class Architecture:
         _check_attention_kinds(reader, num_layers)
         hidden_size = reader.integer("hidden_size")
         num_heads = reader.integer("num_attention_heads")
-        head_dim = _head_dim(reader, hidden_size, num_heads)
+        head_dim = reader.integer("head_dim")
         rope = _rope_parameters(reader)
         architecture = cls(
             hidden_size=hidden_size,

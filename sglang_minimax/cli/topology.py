@@ -29,7 +29,6 @@ from sglang_minimax.topology import (
 
 # What the published checkpoints say beyond the architecture's own values.
 PUBLISHED: Mapping[str, Any] = {
-    "head_dim": 128,
     "quantization_config": {"weight_block_size": [128, 128]},
 }
 BF16_BYTES = 2

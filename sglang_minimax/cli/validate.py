@@ -45,7 +45,7 @@ def validate(
             say(f"[{number}/{len(places)}] {place.name}{note}")
             results.append(session.run(place))
     if as_json:
-        json.dump([report.as_dict(each) for each in results], sys.stdout, indent=1)
+        json.dump([report.as_dict(each) for each in results], sys.stdout, indent=1, allow_nan=False)
         print()
     else:
         report.show(results, report.console())

@@ -2,7 +2,7 @@
 
 A rank of a running engine takes part in `together` once for each step of a call, whatever happens
 to it in that step, so that no rank waits for another that has given up. The exchange goes over
-gloo, among the ranks that SGLang lets see a request at the same time.
+gloo, among all ranks of a replica.
 """
 
 from __future__ import annotations
@@ -40,12 +40,20 @@ def together(step: Step[Result]) -> tuple[Result | None, Problems]:
     return result, agree(problems)
 
 
+def reason_not_to_meet() -> str | None:
+    """Why the ranks cannot agree on a call, in one sentence; None where they can."""
+    parallel = get_parallel()
+    if parallel.attn_dp_enabled and parallel.enable_dp_attention_local_control_broadcast:
+        return (
+            "--enable-dp-attention-local-control-broadcast lets attention groups hear of a weight "
+            "update at different times, so that they cannot agree on it; start without that option."
+        )
+    return None
+
+
 def agree(problems: Problems) -> Problems:
     """The problems of all ranks, the same on all of them."""
-    parallel = get_parallel()
-    # With local control the data-parallel groups see a request at different times.
-    local = parallel.attn_dp_enabled and parallel.enable_dp_attention_local_control_broadcast
-    group = parallel.attn_tp_group if local else parallel.world_group
+    group = get_parallel().world_group
     found: list[Any] = [None] * group.world_size
     if group.world_size == 1:
         return joined([problems])

@@ -19,8 +19,9 @@ BUCKET = "flattened_bucket"
 DIRECT = "direct"
 TENSOR_FORMATS = (None, DIRECT, BUCKET)
 GROUP_FORMATS = (None, BUCKET)
-# Those of SGLang's default loader that read safetensors and nothing else.
-DISK_FORMATS = ("auto", "safetensors", "fastsafetensors", "instanttensor")
+# Those of SGLang's default loader that read safetensors, each rank by itself: one that fails must
+# not leave others in a collective, as with fastsafetensors and instanttensor.
+DISK_FORMATS = ("auto", "safetensors")
 
 
 def check_format(load_format: Any, known: tuple[Any, ...]) -> None:

@@ -43,14 +43,11 @@ def hand_updates_on_first(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def process_input_requests(self: Any, recv_reqs: list[Any]) -> None:
-        parallel = get_parallel()
-        if parallel.pp_size > 1 and parallel.pp_rank == 0:
+        if get_parallel().pp_size == 1 or not _judges_updates(self):
+            return original(self, recv_reqs)
+        if get_parallel().pp_rank == 0:
             _hold_back_until_dry(self, recv_reqs)
-        if (
-            parallel.pp_size > 1
-            and not self.pp_group.is_last_rank
-            and _first_update(recv_reqs) is not None
-        ):
+        if not self.pp_group.is_last_rank and _first_update(recv_reqs) is not None:
             self._pp_commit_comm_work(self.send_req_work)
             self.send_req_work = self._pp_send_pyobj_to_next_stage(recv_reqs, async_send=True)
             self._minimax_handed_on = recv_reqs
@@ -71,6 +68,11 @@ def send_once(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         return original(self, data, async_send)
 
     return _pp_send_pyobj_to_next_stage
+
+
+def _judges_updates(scheduler: Any) -> bool:
+    """Whether the model is ours; others are updated as SGLang does it."""
+    return hasattr(scheduler.tp_worker.model_runner.model, "weight_problems")
 
 
 def _first_update(requests: list[Any]) -> int | None:

@@ -27,7 +27,7 @@ from sglang_minimax.errors import LoadError
 from sglang_minimax.loading.ledger import direct_problems
 from sglang_minimax.loading.problems import Problems
 from sglang_minimax.patches import disk_updates
-from sglang_minimax.patches.agreement import together
+from sglang_minimax.patches.agreement import reason_not_to_meet, together
 from sglang_minimax.patches.incoming import (
     DIRECT,
     DISK_FORMATS,
@@ -45,6 +45,9 @@ Runners = list[tuple[str, Any]]
 Answer = tuple[bool, str]
 
 UNCHANGED = "Nothing was changed."
+UNCHANGED_HERE = (
+    "Nothing was changed on this replica; another one may have taken the call, so repeat it."
+)
 PARTLY = (
     "Some of the call's weights may have been written; repeat the call, or update from a "
     "checkpoint on disk, before the next request."
@@ -58,9 +61,19 @@ def our_models(runners: Runners) -> list[Any]:
 
 
 def _refusal(problems: Problems) -> Answer:
-    message = f"{problems.error()}\n{UNCHANGED}"
+    unchanged = UNCHANGED_HERE if get_parallel().dp_size > 1 else UNCHANGED
+    message = f"{problems.error()}\n{unchanged}"
     logger.error("weight update refused: %s", message)
     return False, message
+
+
+def _if_ranks_can_meet(
+    update: Callable[[Any, Any, Runners], Answer], manager: Any, request: Any, runners: Runners
+) -> Answer:
+    """Run `update`, unless the ranks hear of a call at different times."""
+    if reason := reason_not_to_meet():
+        return False, f"{reason}\n{UNCHANGED}"
+    return update(manager, request, runners)
 
 
 def _check_idle(manager: Any, request: Any) -> None:
@@ -92,6 +105,8 @@ def _write(manager: Any, request: Any, runners: Runners, load: Callable[[Any], A
     if failed:
         message = f"{failed.error()}\n{PARTLY}"
         logger.error("weight update failed: %s", message)
+        # Whatever was written, what is cached was computed with other weights.
+        manager.flush_cache_after_weight_update(request, True, message)
         return False, message
     manager._session = msgspec.structs.replace(manager._session, loaded_weights=True)
     manager.record_weight_version_after_update(request.weight_version)
@@ -120,7 +135,7 @@ def judge_tensors_first(original: Callable[..., Any]) -> Callable[..., Any]:
         if self._session is None or not our_models(runners):
             return original(self, recv_req)
         with self._observe_weight_load("tensor"):
-            success, message = _from_tensor(self, recv_req, runners)
+            success, message = _if_ranks_can_meet(_from_tensor, self, recv_req, runners)
             return UpdateWeightsFromTensorReqOutput(success=success, message=message)
 
     return update_weights_from_tensor
@@ -197,7 +212,7 @@ def judge_announcement_first(original: Callable[..., Any]) -> Callable[..., Any]
         if self._session is None or not our_models(runners):
             return original(self, recv_req)
         with self._observe_weight_load("distributed"):
-            success, message = _from_distributed(self, recv_req, runners)
+            success, message = _if_ranks_can_meet(_from_distributed, self, recv_req, runners)
             return UpdateWeightsFromDistributedReqOutput(success=success, message=message)
 
     return update_weights_from_distributed
@@ -256,8 +271,10 @@ def refuse_a_group_of_stages(original: Callable[..., Any]) -> Callable[..., Any]
     @functools.wraps(original)
     def init_weights_update_group(self: Any, recv_req: Any) -> Any:
         stages = get_parallel().pp_size
+        if not our_models(self._select_runners()):
+            return original(self, recv_req)
         try:
-            if stages == 1 or not our_models(self._select_runners()):
+            if stages == 1:
                 return original(self, recv_req)
             message = (
                 f"SGLang cannot number the ranks of {stages} pipeline stages in one group; use "
@@ -283,7 +300,7 @@ def judge_checkpoint_first(original: Callable[..., Any]) -> Callable[..., Any]:
         if not our_models(runners):
             return original(self, recv_req)
         with self._observe_weight_load("disk"):
-            success, message = _from_disk(self, recv_req, runners)
+            success, message = _if_ranks_can_meet(_from_disk, self, recv_req, runners)
             return UpdateWeightFromDiskReqOutput(
                 success=success, message=message, num_paused_requests=0
             )

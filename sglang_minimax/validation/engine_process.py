@@ -26,10 +26,10 @@ from typing import Any
 import psutil
 import torch
 
+from sglang_minimax.platforms import choice
+
 #: The name under which `_answer` knows `generate_together`; no method of an engine is called so.
 _TOGETHER = "generate together"
-
-_FORK = multiprocessing.get_context("fork")
 
 
 class EngineFailed(RuntimeError):
@@ -45,7 +45,8 @@ class EngineProcess:
     """One SGLang `Engine` with the given arguments, in a process of its own.
 
     before: called in the child before the engine is built; what it patches is inherited by the
-    ranks, which are forked in their turn.
+    ranks, which are forked in their turn. Where there is a GPU, which a forked process cannot use,
+    child and ranks are spawned: `before` must then be picklable, and does not reach the ranks.
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class EngineProcess:
         preload()
         self._timeout = timeout
         self._log = tempfile.NamedTemporaryFile(prefix="engine-", suffix=".log")  # noqa: SIM115
-        self._connection, far_end = _FORK.Pipe()
-        self._process = _FORK.Process(
+        fork = choice.cpu_platform_chosen()
+        context = multiprocessing.get_context("fork" if fork else "spawn")
+        self._connection, far_end = context.Pipe()
+        self._process = context.Process(  # type: ignore[attr-defined]
             target=_serve, args=(far_end, self._log.name, before, arguments), daemon=False
         )
         self._process.start()
@@ -130,8 +133,6 @@ class EngineProcess:
 def preload() -> None:
     """Import what every engine needs, once for all of them."""
     importlib.import_module("sglang.srt.entrypoints.engine")
-    from sglang_minimax.platforms import choice
-
     if choice.cpu_platform_chosen():
         from sglang_minimax.platforms.cpu.forking import import_what_children_need
 

@@ -82,6 +82,21 @@ def collectives(
         yield from _head(share, forward, told, dp_lm_head=dp_lm_head)
 
 
+def astray(topology: Topology, share: RankShare, forwards: Sequence[Forward]) -> Iterator[str]:
+    """Sentences for collectives that no layer should use; for an engine that ended in a forward."""
+    told: set[tuple[str, str, tuple[int, ...]]] = set()
+    for forward in forwards:
+        known = calls_in_a_layer(topology, share, forward)
+        for each in forward.collectives:
+            key = (each.site, each.operation, each.ranks)
+            if each.in_a_layer and key not in known and key not in told:
+                told.add(key)
+                yield (
+                    f"rank {share.rank} used {each.operation} at {each.site} over ranks "
+                    f"{list(each.ranks)}, which this topology does not ask for"
+                )
+
+
 def _head(share: RankShare, forward: Forward, told: set[str], *, dp_lm_head: bool) -> Iterator[str]:
     """Outside layers: embedding and head work in the TP or attention-TP group."""
     allowed = {share.groups["attention_tp"]}

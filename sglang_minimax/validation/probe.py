@@ -45,14 +45,15 @@ def watch(folder: Path, expectation: Path) -> Callable[[], None]:
     expectation: a JSON file for `ownership.check`: what each rank's weights are compared with.
     """
 
-    def install() -> None:
-        from sglang.srt.entrypoints.engine import Engine
+    return functools.partial(_watch, str(folder), str(expectation))
 
-        os.environ[FOLDER] = str(folder)
-        os.environ[EXPECTATION] = str(expectation)
-        Engine.run_scheduler_process_func = staticmethod(run_watched_scheduler)
 
-    return install
+def _watch(folder: str, expectation: str) -> None:
+    from sglang.srt.entrypoints.engine import Engine
+
+    os.environ[FOLDER] = folder
+    os.environ[EXPECTATION] = expectation
+    Engine.run_scheduler_process_func = staticmethod(run_watched_scheduler)
 
 
 def run_watched_scheduler(*arguments: Any, **keywords: Any) -> None:
@@ -74,6 +75,7 @@ class Probe:
         self._counts: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
         self._sizes: set[tuple[int, ...]] = set()
         self._mixed = 0
+        self._captured: tuple[int, ...] = ()
 
     def install(self) -> None:
         """Wrap SGLang's groups and scheduler, and our model, in this process."""
@@ -142,12 +144,17 @@ class Probe:
 
     def _record_forward(self, owner: type) -> None:
         original = owner.forward  # type: ignore[attr-defined]
+        switchable = isinstance(getattr(owner, "capture_aux_hidden_states", None), property)
 
         @functools.wraps(original)
         def forward(module: Any, input_ids: Any, positions: Any, batch: Any, *rest: Any, **kw: Any):
             began = time.monotonic()
             before = self._take()
             self._sites.append("model")
+            if switchable:
+                # As a server without a draft, except for requests that want what is captured.
+                wanted = batch.capture_hidden_mode.need_capture()
+                module.model.layers_to_capture = self._captured if wanted else ()
             try:
                 return original(module, input_ids, positions, batch, *rest, **kw)
             finally:
@@ -155,7 +162,6 @@ class Probe:
                 self._write(
                     {
                         "began": began,
-                        "ended": time.monotonic(),
                         **_batch(batch, positions),
                         "mixed": self._mixed,
                         "sizes": sorted(self._sizes),
@@ -198,6 +204,7 @@ class Probe:
             self._write(_rank(runner))
             if captured := _expectation().captured:
                 runner.model.set_eagle3_layers_to_capture(captured)
+                self._captured = runner.model.model.layers_to_capture
 
         owner.init_model_worker = init_model_worker  # type: ignore[attr-defined]
 
@@ -260,6 +267,5 @@ def _rank(runner: Any) -> dict[str, Any]:
             getattr(runner.model, "end_layer", runner.model_config.num_hidden_layers),
         ],
         "kv_layers": runner.token_to_kv_pool.layer_num,
-        "threads": torch.get_num_threads(),
         "weights": ownership.check(runner.model, rank, Path(os.environ[EXPECTATION])),
     }

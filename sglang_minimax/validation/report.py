@@ -99,6 +99,11 @@ def as_dict(result: ShapeResult) -> dict[str, Any]:
     found = asdict(result)
     found["kv_layers"] = list(result.kv_layers)
     found["shortcomings"] = list(result.shortcomings)
+    # JSON has no NaN; a shortcoming says what was not a number.
+    found = {
+        key: None if isinstance(value, float) and value != value else value
+        for key, value in found.items()
+    }
     return {**found, "ok": not result.falls_short}
 
 
@@ -115,5 +120,6 @@ def topology_table(everything: Catalogue) -> str:
                 note = f"not run: {place.reason}"
             case Shape():
                 note = f"runs: {place.why}" if place.why else "runs"
-        lines.append(f"| `{place.name}` | {place.model} | {note} |")
+        name = place.label if isinstance(place, Refused) else place.name
+        lines.append(f"| `{name}` | {place.model} | {note} |")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,6 @@ from sglang_minimax.validation.judge import Verdict, judge
 from sglang_minimax.validation.observations import RankRecord, Window
 from sglang_minimax.validation.shapes import Place, Refused, Shape, arguments
 from sglang_minimax.validation.subject import Subject, refuse_what_does_not_fit
-from sglang_minimax.validation.waiting import wait_under_data_parallelism
 from sglang_minimax.validation.workloads import Step
 
 Status = Literal["ok", "failed", "refused", "not run"]
@@ -117,6 +117,9 @@ def run_shape(
             result = run.result(blank)
         except EngineFailed as error:
             result = _engine_failed(blank, error)
+            if result.status == "failed":
+                seen = tuple(run.astray())
+                result = replace(result, shortcomings=(*result.shortcomings, *seen))
     return replace(result, seconds=time.monotonic() - began)
 
 
@@ -180,8 +183,8 @@ def _arguments(place: Place, subject: Subject) -> dict[str, Any]:
         "max_total_tokens": 2048,
         **arguments(place),
     }
-    if choice.cpu_platform_chosen():
-        found["dtype"] = "float32"
+    # Attention kernels of GPUs want 16 bits.
+    found["dtype"] = "float32" if choice.cpu_platform_chosen() else "bfloat16"
     return found
 
 
@@ -240,7 +243,7 @@ class _Run:
         replies, windows = [], []
         vocabulary = self.subject.arch.vocab_size
         with self._engine(
-            before=self._prepare(probe.watch(self.folder, expectation)),
+            before=partial(_in_turn, self.before, probe.watch(self.folder, expectation)),
             timeout=self.timeout,
             **_arguments(self.shape, self.subject),
             **self.shape.arguments,
@@ -255,17 +258,6 @@ class _Run:
     def _engine(self, **arguments: Any) -> AbstractContextManager[EngineProcess]:
         """The engine, or the first host of it where there are two."""
         return (hosts.two_hosts if self.topology.nodes == 2 else EngineProcess)(**arguments)
-
-    def _prepare(self, watch: Callable[[], None]) -> Callable[[], None]:
-        """The caller's hook first, so that the probe counts what it leads to."""
-
-        def prepare() -> None:
-            wait_under_data_parallelism()
-            if self.before is not None:
-                self.before()
-            watch()
-
-        return prepare
 
     def _inside(
         self, records: Sequence[RankRecord], steps: Sequence[tuple[Step, Window]]
@@ -287,11 +279,24 @@ class _Run:
                 dp_lm_head="dp_lm_head" in self.shape.switches,
             )
 
+    def astray(self) -> Iterator[str]:
+        """What the ranks of an engine that ended had asked of groups that they should not."""
+        if not choice.cpu_platform_chosen():
+            return
+        for record in observations.read(self.folder):
+            yield from expectations.astray(self.topology, self.shares[record.rank], record.forwards)
+
     def _dtype(self) -> torch.dtype:
         if choice.cpu_platform_chosen():
             return torch.float32
-        named = str(self.subject.config.get("torch_dtype") or "bfloat16")
-        return getattr(torch, named.removeprefix("torch."))
+        return torch.bfloat16
+
+
+def _in_turn(*hooks: Callable[[], None] | None) -> None:
+    """The caller's hook first, so that the probe counts what it leads to."""
+    for hook in hooks:
+        if hook is not None:
+            hook()
 
 
 def _numbers(blank: ShapeResult, verdict: Verdict) -> ShapeResult:

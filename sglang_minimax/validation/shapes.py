@@ -107,6 +107,15 @@ class Refused(Place):
     says: str
     arguments: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        """The topology, and the options that are refused with it."""
+        options = (
+            f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
+            for key, value in self.arguments.items()
+        )
+        return " ".join((self.name, *options))
+
 
 class NotYet(Place):
     """A combination that nobody has made work, and why."""

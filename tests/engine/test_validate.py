@@ -88,7 +88,7 @@ def test_a_shape_that_does_not_divide_starts_nothing() -> None:
         (("--topology", "tp=2,cp=2"), "'cp=2' is not understood"),
         (("--random-config", "{"), "--random-config is not JSON"),
         (("--random-config", "{}"), "GiB are free"),
-        (("--random-config", '{"num_attention_heads": 7}'), "add head_dim"),
+        (("--random-config", '{"head_dim": 0}'), "head_dim"),
         (("--checkpoint", "/nowhere"), "/nowhere"),
         (("--checkpoint", ".", "--random-config", "{}"), "give one of them"),
     ],

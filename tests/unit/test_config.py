@@ -134,12 +134,12 @@ def test_a_factor_written_by_division_is_exact():
             assert Architecture.from_config(config).rotary_dim == rotary_dim
 
 
-def test_head_dim_defaults_to_an_even_share_of_the_hidden_size():
-    assert Architecture.from_config(without("head_dim") | {"rotary_dim": 32}).head_dim == 64
-
-
-def test_native_head_dim_null_is_an_even_share_too():
-    assert Architecture.from_config(published(head_dim=None, rotary_dim=32)).head_dim == 64
+def test_head_dim_defaults_to_the_architectures_as_in_transformers():
+    """Not to hidden / heads, which is 64 for the published shape."""
+    assert MiniMaxM2Config(hidden_size=512, num_attention_heads=16).head_dim == 128
+    assert Architecture.from_config({"hidden_size": 512, "num_attention_heads": 16}).head_dim == 128
+    assert Architecture.from_config(without("head_dim")).head_dim == 128
+    assert Architecture.from_config(published(head_dim=None)).head_dim == 128
 
 
 def test_rope_scaling_keeps_its_factors_and_drops_what_has_its_own_field():

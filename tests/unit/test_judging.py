@@ -82,11 +82,32 @@ def test_an_error_beyond_the_tolerance_is_a_shortcoming() -> None:
     assert any("differs from itself alone" in each for each in found.shortcomings)
 
 
-def test_an_error_after_a_near_tie_in_routing_is_set_aside() -> None:
+def test_a_few_errors_after_a_near_tie_in_routing_are_set_aside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Of ten distributions one would be more than the cap.
+    monkeypatch.setattr("sglang_minimax.validation.judge.NEAR_TIES", 0.2)
     oracle = Oracle(margin=0.0)
     found = verdict_of(oracle, oracle.reply(ALONE, error=1e-3), oracle.reply(AGAIN, error=1e-3))
     assert found.near_ties == 2
     assert found.shortcomings == []
+
+
+def test_more_than_a_few_are_a_shortcoming() -> None:
+    oracle = Oracle(margin=0.0)
+    found = verdict_of(oracle, oracle.reply(ALONE, error=1e-3), oracle.reply(AGAIN))
+    assert found.near_ties == 1
+    assert any("1 of 10 distributions" in each for each in found.shortcomings)
+
+
+def test_other_tokens_after_a_near_tie_are_counted_too() -> None:
+    oracle = Oracle(margin=0.0)
+    silent = Request("silent", (9, 8, 10), 4, logprobs=False)
+    reply = oracle.reply(silent)
+    reply["output_ids"][2] = (reply["output_ids"][2] + 1) % VOCABULARY
+    found = judge(oracle, [(Step("mixed", (silent,)), [reply])], FP32)  # type: ignore[arg-type]
+    assert found.near_ties > 0
+    assert found.shortcomings
 
 
 def test_near_ties_everywhere_compare_nothing() -> None:

@@ -24,9 +24,9 @@ def test_the_tables_are_the_result_files() -> None:
 
 
 def test_a_stale_table_would_show() -> None:
-    assert readme.rendered(TEXT.replace("| TP1 |", "| TP9 |")) == readme.rendered(TEXT)
+    assert readme.rendered(TEXT.replace("| `tp=1` |", "| `tp=9` |")) == readme.rendered(TEXT)
     with pytest.raises(ValueError, match="no place"):
-        readme.rendered(TEXT.replace("<!-- agreement -->", ""))
+        readme.rendered(TEXT.replace("<!-- topologies -->", ""))
 
 
 @pytest.mark.parametrize("line", re.findall(r"`(--tp-size[^`]*)`", TEXT))

@@ -109,7 +109,8 @@ def test_an_unknown_model_is_named_with_those_there_are() -> None:
 
 
 def test_the_document_has_the_table_of_the_list() -> None:
-    assert topology_table(CATALOGUE) in (ROOT / "docs" / "validation.md").read_text()
+    text = (ROOT / "docs" / "validation.md").read_text()
+    assert topology_table(CATALOGUE) in text, "run `python -m benchmarks.readme`"
 
 
 def test_a_context_too_short_for_the_requests_is_refused() -> None:

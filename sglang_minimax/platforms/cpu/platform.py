@@ -19,8 +19,6 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-from sglang_minimax.platforms.cpu.devices import answer_for_the_cpu
-
 logger = logging.getLogger(__name__)
 
 #: Share of the free memory that one engine plans with. It is host memory: the operating
@@ -45,9 +43,6 @@ class MinimaxCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_device(self, device_id: int | None = 0) -> str:
         # SGLang compares the answer with the string "cpu".
         return "cpu"
-
-    def init_backend(self) -> None:
-        answer_for_the_cpu()
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"

@@ -8,6 +8,7 @@ _MODULE = "sglang_minimax.platforms.cpu.patches"
 _COLLECTIVES = "sglang_minimax.platforms.cpu.collectives"
 _DEVICES = "sglang_minimax.platforms.cpu.devices"
 _EXPERTS = "sglang_minimax.platforms.cpu.experts"
+_WAITING = "sglang_minimax.platforms.cpu.waiting"
 _ASKS_THE_PLATFORM = "when SGLang asks the platform here"
 
 CPU_PATCHES: tuple[Patch, ...] = (
@@ -84,6 +85,24 @@ CPU_PATCHES: tuple[Patch, ...] = (
         exit="when SGLang gathers the logits of a DP LM head into two dimensions",
     ),
     Patch(
+        target="sglang.srt.managers.data_parallel_controller:DataParallelController.event_loop",
+        replacement=f"{_WAITING}:sleep_until_asked",
+        scope=Scope.CPU,
+        why="asks its socket without a pause, and takes a core from the ranks",
+        how="the same loop, asleep until there is a request",
+        upstream=None,
+        exit="when the controller polls with a timeout",
+    ),
+    Patch(
+        target="sglang.srt.managers.scheduler_components.idle_sleeper:IdleSleeper.maybe_sleep",
+        replacement=f"{_WAITING}:glance_at_other_groups",
+        scope=Scope.CPU,
+        why="an idle attention-DP group sleeps up to a second, and the busy ones wait for it",
+        how="looks up every 100 ms under attention DP",
+        upstream=None,
+        exit="when SGLang wakes the groups that have no requests",
+    ),
+    Patch(
         target="sglang.srt.distributed.parallel_state:_is_cpu",
         replacement=f"{_DEVICES}:on_the_cpu",
         scope=Scope.CPU,
@@ -140,6 +159,13 @@ CPU_PATCHES: tuple[Patch, ...] = (
 )
 
 CPU_REGISTRATIONS: tuple[Registration, ...] = (
+    Registration(
+        module="sglang.srt.model_executor.model_runner",
+        run=f"{_DEVICES}:answer_for_the_cpu",
+        registry="torch:get_device_module",
+        scope=Scope.CPU,
+        why="EPLB and weight updates ask PyTorch for the device, which answers CUDA with no GPU",
+    ),
     Registration(
         module="sglang.srt.layers.attention.torch_native_backend",
         run=f"{_DEVICES}:teach_padding",

@@ -1,7 +1,7 @@
-"""Ranks that share two cores must wait, not spin.
+"""Ranks that share cores must wait, not spin, and wake when others need them.
 
 Two loops of SGLang's poll too much, or sleep too long, under data-parallel attention; what they
-cost is in docs/validation.md. In the form of the CPU platform's patches.
+cost is in docs/validation.md.
 """
 
 from __future__ import annotations
@@ -12,15 +12,6 @@ from typing import Any
 
 #: Milliseconds after which an idle attention-DP group looks what the others do.
 GLANCE = 100
-
-
-def wait_under_data_parallelism() -> None:
-    """Replace both loops in this process, and so in the ranks that are forked from it."""
-    from sglang.srt.managers.data_parallel_controller import DataParallelController
-    from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
-
-    DataParallelController.event_loop = sleep_until_asked(DataParallelController.event_loop)
-    IdleSleeper.maybe_sleep = glance_at_other_groups(IdleSleeper.maybe_sleep)
 
 
 def sleep_until_asked(original: Callable[[Any], None]) -> Callable[[Any], None]:
