@@ -45,6 +45,15 @@ def _sizes(arch: Architecture, launch: Launch) -> Iterator[str]:
     yield from legality.refusals(arch, launch)
 
 
+def _context(arch: Architecture, launch: Launch) -> Iterator[str]:
+    if launch.moe_dp > 1 and launch.moe_dp != launch.attention_cp:
+        yield (
+            f"--moe-dp-size {launch.moe_dp} needs as many context-parallel attention groups, and "
+            f"--attn-cp-size is {launch.attention_cp}; use the same number for both, or "
+            "--moe-dp-size 1."
+        )
+
+
 def _speculation(arch: Architecture, launch: Launch) -> Iterator[str]:
     algorithm = (launch.speculative_algorithm or "").upper()
     if launch.pp > 1 and algorithm in CAPTURING_ALGORITHMS:
@@ -100,4 +109,12 @@ def _format(arch: Architecture, launch: Launch) -> Iterator[str]:
         )
 
 
-CHECKS: tuple[Check, ...] = (_sizes, _speculation, _hidden_states, _overlap, _placement, _format)
+CHECKS: tuple[Check, ...] = (
+    _sizes,
+    _context,
+    _speculation,
+    _hidden_states,
+    _overlap,
+    _placement,
+    _format,
+)

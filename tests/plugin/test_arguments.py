@@ -80,6 +80,7 @@ def test_what_the_user_says_stays() -> None:
         ("--tp-size 2 --moe-a2a-backend deepep", ["--moe-a2a-backend deepep", "CPU platform"]),
         ("--pp-size 2 --enable-return-hidden-states", ["hidden-states", "--pp-size 2"]),
         ("--tp-size 2 --pp-size 3 --nnodes 4", ["--nnodes 4"]),
+        ("--tp-size 4 --moe-dp-size 2", ["--moe-dp-size 2", "--attn-cp-size is 1"]),
         ("--tp-size 2 --enable-eplb", ["--enable-eplb", "--ep-size 2"]),
         ("--tp-size 2 --ep-size 2 --init-expert-location {}", ["physical_to_logical_map"]),
         ("--quantization fp8", ["fp8", "GPU"]),

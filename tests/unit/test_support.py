@@ -172,7 +172,14 @@ def test_nodes() -> None:
 
 def test_sizes_that_only_sglang_knows_are_part_of_the_division() -> None:
     assert "--attn-cp-size 3 does not divide --tp-size 8" in only(BF16, tp=8, attention_cp=3)
-    assert "--moe-dp-size 4 does not divide --tp-size 8" in only(BF16, tp=8, ep=4, moe_dp=4)
+    assert "--moe-dp-size 4 does not divide --tp-size 8" in only(
+        BF16, tp=8, ep=4, moe_dp=4, attention_cp=4
+    )
+
+
+def test_moe_data_parallel_without_context_parallel() -> None:
+    assert "--attn-cp-size is 1" in only(BF16, tp=8, moe_dp=2)
+    assert refusals(BF16, Launch(tp=8, moe_dp=2, attention_cp=2)) == []
 
 
 def test_moe_data_parallel_groups_hold_wider_experts() -> None:
