@@ -44,6 +44,7 @@ TOPOLOGIES: dict[str, dict[str, int]] = {
     "tp1": {},
     "tp2": {"tp_size": 2},
     "ep2": {"tp_size": 2, "ep_size": 2},
+    "dp2": {"tp_size": 2, "attn_dp_size": 2},
     "pp2": {"pp_size": 2},
 }
 

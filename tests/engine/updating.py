@@ -45,76 +45,90 @@ def other_weights() -> Tensors:
 def prepare() -> None:
     """Give the engine the calls that these tests need; runs in its process, before its ranks."""
     from sglang.srt.entrypoints.engine import Engine
+
+    Engine.update_amid_requests = _update_amid_requests
+    Engine.weight_checksums = _checksums
+    Engine.update_ranks = _update_ranks
+    Engine.update_from_disk = _update_from_disk
+    break_reading_where_asked()
+
+
+def _checksums(engine: Any) -> list[Any]:
+    from sglang.srt.managers.io_struct import CheckWeightsReqInput
+
+    request = CheckWeightsReqInput(action="checksum")
+    success, message, ranks, _ = engine.loop.run_until_complete(
+        engine.tokenizer_manager.check_weights(request)
+    )
+    assert success, message
+    return [rank["checksums"] for rank in ranks]
+
+
+def _update_ranks(engine: Any, per_rank: list[Any], load_format: str | None = None) -> Any:
+    """One payload for each rank; bytes are sent as they are."""
+    from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
+    from sglang.srt.utils import MultiprocessingSerializer
+
+    payloads = [
+        payload if isinstance(payload, bytes) else MultiprocessingSerializer.serialize(payload)
+        for payload in per_rank
+    ]
+    request = UpdateWeightsFromTensorReqInput(
+        serialized_named_tensors=payloads, load_format=load_format
+    )
+    return engine.loop.run_until_complete(
+        engine.tokenizer_manager.update_weights_from_tensor(request, None)
+    )
+
+
+def _update_from_disk(engine: Any, path: str, load_format: str | None = None) -> Any:
+    from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+
+    request = UpdateWeightFromDiskReqInput(model_path=path, load_format=load_format)
+    return engine.loop.run_until_complete(
+        engine.tokenizer_manager.update_weights_from_disk(request, None)
+    )
+
+
+def _update_amid_requests(
+    engine: Any,
+    path: str,
+    prompts: list[list[int]],
+    tokens: int,
+    update: bool = True,
+    paused: bool = False,
+) -> dict[str, Any]:
+    """Generate, and update from disk in the middle of it."""
+    sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+
+    async def talk() -> dict[str, Any]:
+        answers = asyncio.ensure_future(
+            engine.async_generate(input_ids=prompts, sampling_params=sampling)
+        )
+        answer = None
+        if update:
+            await asyncio.sleep(0.1)
+            answer = await _update(engine.tokenizer_manager, path, paused)
+        return {"answers": [a["output_ids"] for a in await answers], "update": answer}
+
+    return engine.loop.run_until_complete(asyncio.wait_for(talk(), 60))
+
+
+async def _update(manager: Any, path: str, paused: bool) -> tuple[bool, str]:
+    """paused: whether generation is paused meanwhile, and the cache is kept."""
     from sglang.srt.managers.io_struct import (
-        CheckWeightsReqInput,
         ContinueGenerationReqInput,
         PauseGenerationReqInput,
         UpdateWeightFromDiskReqInput,
-        UpdateWeightsFromTensorReqInput,
     )
-    from sglang.srt.utils import MultiprocessingSerializer
 
-    def checksums(self: Any) -> list[Any]:
-        request = CheckWeightsReqInput(action="checksum")
-        success, message, ranks, _ = self.loop.run_until_complete(
-            self.tokenizer_manager.check_weights(request)
-        )
-        assert success, message
-        return [rank["checksums"] for rank in ranks]
-
-    def update_ranks(self: Any, per_rank: list[Any], load_format: str | None = None) -> Any:
-        """One payload for each rank; bytes are sent as they are."""
-        payloads = [
-            payload if isinstance(payload, bytes) else MultiprocessingSerializer.serialize(payload)
-            for payload in per_rank
-        ]
-        request = UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=payloads, load_format=load_format
-        )
-        return self.loop.run_until_complete(
-            self.tokenizer_manager.update_weights_from_tensor(request, None)
-        )
-
-    def update_from_disk(self: Any, path: str, load_format: str | None = None) -> Any:
-        request = UpdateWeightFromDiskReqInput(model_path=path, load_format=load_format)
-        return self.loop.run_until_complete(
-            self.tokenizer_manager.update_weights_from_disk(request, None)
-        )
-
-    def update_amid_requests(
-        self: Any,
-        path: str,
-        prompts: list[list[int]],
-        tokens: int,
-        update: bool = True,
-        paused: bool = False,
-    ) -> dict[str, Any]:
-        """Generate, and update from disk in the middle of it."""
-        manager = self.tokenizer_manager
-        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
-
-        async def talk() -> dict[str, Any]:
-            answers = asyncio.ensure_future(
-                self.async_generate(input_ids=prompts, sampling_params=sampling)
-            )
-            answer = None
-            if update:
-                await asyncio.sleep(0.1)
-                if paused:
-                    await manager.pause_generation(PauseGenerationReqInput(mode="retract"))
-                request = UpdateWeightFromDiskReqInput(model_path=path, flush_cache=not paused)
-                answer = (await manager.update_weights_from_disk(request, None))[:2]
-                if paused:
-                    await manager.continue_generation(ContinueGenerationReqInput())
-            return {"answers": [a["output_ids"] for a in await answers], "update": answer}
-
-        return self.loop.run_until_complete(asyncio.wait_for(talk(), 60))
-
-    Engine.update_amid_requests = update_amid_requests
-    Engine.weight_checksums = checksums
-    Engine.update_ranks = update_ranks
-    Engine.update_from_disk = update_from_disk
-    break_reading_where_asked()
+    if paused:
+        await manager.pause_generation(PauseGenerationReqInput(mode="retract"))
+    request = UpdateWeightFromDiskReqInput(model_path=path, flush_cache=not paused)
+    success, message, *_ = await manager.update_weights_from_disk(request, None)
+    if paused:
+        await manager.continue_generation(ContinueGenerationReqInput())
+    return success, message
 
 
 def break_reading_where_asked() -> None:
@@ -160,7 +174,8 @@ class Updated:
         try:
             yield
         finally:
-            assert self.call("end_weight_update") == (True, "Success")
+            success, message = self.call("end_weight_update")
+            assert success, message
 
     def tensors(self, pairs: Any, load_format: str | None = None) -> tuple[bool, str]:
         """Update by the same tensors for every rank, inside a session."""
