@@ -149,7 +149,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for index, row in enumerate(measured):
         if row["in_tree"]["max_error"] is None:
             axes.annotate(
-                "in-tree ends", (row["ours"]["tolerance"], index), fontsize=8, va="center"
+                "in-tree ends",
+                (row["ours"]["tolerance"], index),
+                xytext=(8, 0),
+                textcoords="offset points",
+                fontsize=8,
+                va="center",
             )
         axes.plot([row["ours"]["tolerance"]] * 2, [index - 0.4, index + 0.4], color="grey")
     axes.set_yticks(range(len(names)), names, fontsize=8)
