@@ -328,10 +328,8 @@ def _from_disk(manager: Any, request: Any, runners: Runners) -> Answer:
         success, message, flush = disk_updates.load_or_go_back(
             runner.weight_updater, path, load_format, recapture
         )
-    for runner in others if success else ():
-        success, message = runner.weight_updater.update_weights_from_disk(
-            path, load_format, recapture_cuda_graph=recapture
-        )
+    if success and others:
+        success, message = _load_drafts(others, path, load_format, recapture)
     if success:
         manager.record_weight_version_after_update(request.weight_version)
     if flush:
@@ -339,3 +337,21 @@ def _from_disk(manager: Any, request: Any, runners: Runners) -> Answer:
     if not success:
         logger.error(message)
     return success, message
+
+
+def _load_drafts(runners: list[Any], path: str, load_format: str, recapture: bool) -> Answer:
+    """Load models of others as SGLang does, and answer alike on all ranks."""
+
+    def step(problems: Problems) -> None:
+        for runner in runners:
+            success, message = runner.weight_updater.update_weights_from_disk(
+                path, load_format, recapture_cuda_graph=recapture
+            )
+            if not success:
+                problems.say(message)
+                return
+
+    _, failed = together(step)
+    if failed:
+        return False, f"{failed.error()}\nThe target has the new weights, its draft may not."
+    return True, "Succeeded to update model weights."

@@ -29,7 +29,7 @@ from sglang_minimax.validation import (
 from sglang_minimax.validation.engine_process import EngineFailed, EngineProcess
 from sglang_minimax.validation.judge import Verdict, judge
 from sglang_minimax.validation.observations import RankRecord, Window
-from sglang_minimax.validation.shapes import Place, Refused, Shape, arguments
+from sglang_minimax.validation.shapes import Refused, Shape, arguments
 from sglang_minimax.validation.subject import Subject, refuse_what_does_not_fit
 from sglang_minimax.validation.workloads import Step
 
@@ -126,9 +126,9 @@ def run_shape(
 def run_refused(place: Refused, subject: Subject, *, timeout: float = TIMEOUT) -> ShapeResult:
     """Start a shape that must be refused; the sentence that refuses it is the reason."""
     began = time.monotonic()
-    blank = ShapeResult(topology=place.name, model=subject.name, status="refused")
+    blank = ShapeResult(topology=place.label, model=subject.name, status="refused")
     try:
-        with EngineProcess(timeout=timeout, **_arguments(place, subject), **place.arguments):
+        with EngineProcess(timeout=timeout, **_arguments(place, subject)):
             result = replace(
                 blank, status="failed", shortcomings=("started, although it should be refused",)
             )
@@ -169,7 +169,7 @@ def _engine_failed(blank: ShapeResult, error: EngineFailed) -> ShapeResult:
     return replace(blank, status="failed", shortcomings=(": ".join((first, *cause[:1])),))
 
 
-def _arguments(place: Place, subject: Subject) -> dict[str, Any]:
+def _arguments(place: Shape | Refused, subject: Subject) -> dict[str, Any]:
     """SGLang's arguments for every shape; it divides the chunk by the attention-DP groups."""
     groups = place.sizes_or_none()
     found = {
@@ -182,6 +182,7 @@ def _arguments(place: Place, subject: Subject) -> dict[str, Any]:
         "enable_return_hidden_states": groups is not None and groups.pp == 1,
         "max_total_tokens": 2048,
         **arguments(place),
+        **place.arguments,
     }
     # Attention kernels of GPUs want 16 bits.
     found["dtype"] = "float32" if choice.cpu_platform_chosen() else "bfloat16"
@@ -246,7 +247,6 @@ class _Run:
             before=partial(_in_turn, self.before, probe.watch(self.folder, expectation)),
             timeout=self.timeout,
             **_arguments(self.shape, self.subject),
-            **self.shape.arguments,
         ) as engine:
             for step in steps:
                 began = time.monotonic()

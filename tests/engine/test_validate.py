@@ -36,7 +36,7 @@ def test_a_shape_is_the_same_model(session: Session, shape: Shape) -> None:
     assert result.distributions > 36 + 8 * 16
 
 
-@pytest.mark.parametrize("place", CATALOGUE.refused, ids=lambda place: place.name)
+@pytest.mark.parametrize("place", CATALOGUE.refused, ids=lambda place: place.label)
 def test_a_refusal_is_one_sentence(session: Session, place: Refused) -> None:
     result = session.run(place)
     assert result.status == "refused", result.shortcomings
@@ -104,7 +104,13 @@ def test_a_users_mistake_is_one_sentence(arguments: tuple[str, ...], words: str)
 
 def test_an_interrupt_leaves_no_process_behind() -> None:
     command = [sys.executable, "-m", "sglang_minimax.cli.main", "validate", "--topology", "tp=4"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # A shell that runs this in the background lets its children ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     family: list[psutil.Process] = []
     deadline = time.monotonic() + 90
     while not any("scheduler_TP3" in _name(each) for each in family):
