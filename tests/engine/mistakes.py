@@ -23,7 +23,7 @@ from sglang_minimax.validation.session import Session
 from sglang_minimax.validation.shapes import catalogue
 
 #: Seconds for an engine to start or answer: a mistake may leave ranks waiting for each other.
-PATIENCE = 40.0
+PATIENCE = 120.0
 
 
 def local_variance_only() -> None:
