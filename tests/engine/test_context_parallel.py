@@ -10,8 +10,7 @@ from sglang_minimax import TINY_M2
 from sglang_minimax.validation.agreement import compare, random_prompt
 from sglang_minimax.validation.engine_process import EngineProcess
 from sglang_minimax.validation.oracle import TransformersOracle
-
-FP32 = 1e-4  # derived in test_against_transformers.py
+from tests.engine.test_against_transformers import FP32
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from sglang_minimax import TINY_M2
 from sglang_minimax.validation.agreement import compare, random_prompt
 from sglang_minimax.validation.engine_process import EngineProcess
 from sglang_minimax.validation.oracle import TransformersOracle
+from tests.engine.test_against_transformers import FP32
 
 Oracles = Callable[..., TransformersOracle]
-FP32 = 1e-4  # derived in test_against_transformers.py
 CONFIG = json.loads((TINY_M2 / "config.json").read_text())
 LAYERS, EXPERTS = CONFIG["num_hidden_layers"], CONFIG["num_local_experts"]
 REDUNDANT = 2

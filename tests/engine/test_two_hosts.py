@@ -14,10 +14,10 @@ from sglang_minimax.platforms.cpu.loopback import route_towards
 from sglang_minimax.validation import hosts
 from sglang_minimax.validation.agreement import compare, random_prompt
 from sglang_minimax.validation.oracle import TransformersOracle
+from tests.engine.test_against_transformers import FP32
 
 REASON = hosts.reason_not_to()
 needs_namespaces = pytest.mark.skipif(REASON is not None, reason=f"two hosts: {REASON}")
-FP32 = 1e-4  # derived in test_against_transformers.py
 
 
 @needs_namespaces
