@@ -11,11 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from sglang_minimax import ARCHITECTURE
 from sglang_minimax.errors import ConfigError
+from sglang_minimax.loading.formats import quantisation_config, recipe_of
+from sglang_minimax.loading.formats.base import UNQUANTISED, Recipe
 
 MODEL_TYPE = "minimax_m2"
 
@@ -239,21 +242,23 @@ def _num_experts(reader: _Reader) -> int:
     return _agreed("the number of experts", claims, DEFAULTS["num_local_experts"])
 
 
-def _weight_block(reader: _Reader) -> tuple[int, int] | None:
-    quantization = reader.present("quantization_config")
-    if quantization is _ABSENT:
-        return None
-    reader = _Reader(quantization)
-    block = reader.present("weight_block_size")
-    if block is _ABSENT:
-        return None
-    if not isinstance(block, (list, tuple)) or len(block) != 2:
-        _refuse(
-            f"config: weight_block_size is {block!r}, but it must name two numbers such as "
-            "[128, 128]; correct quantization_config in config.json."
-        )
-    rows, columns = (_integer("weight_block_size", side, 1) for side in block)
-    return rows, columns
+def _recipe(reader: _Reader, folder: Path | None) -> Recipe:
+    """What the quantisation config says, wherever in the checkpoint's folder it lies."""
+    configs: dict[str, Mapping[str, Any]] = {}
+    for key in ("quantization_config", "compression_config"):
+        config = reader.present(key)
+        if config is _ABSENT:
+            continue
+        if not isinstance(config, Mapping):
+            # transformers makes an object of it.
+            to_dict = getattr(config, "to_dict", None)
+            if to_dict is None:
+                _refuse(f"config: {key} is {config!r}, but it must be an object.")
+            config = to_dict()
+        configs[key] = config
+    if folder is not None:
+        return recipe_of(quantisation_config(folder, configs))
+    return recipe_of(next(iter(configs.values()), None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,14 +281,17 @@ class Architecture:
     expert_width: int
     num_mtp_modules: int
     tie_word_embeddings: bool
-    # (rows, columns) that share one scale in a block-quantised checkpoint.
-    weight_block: tuple[int, int] | None
+    # How the checkpoint stores its matrices.
+    recipe: Recipe = UNQUANTISED
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | object) -> Architecture:
+    def from_config(
+        cls, config: Mapping[str, Any] | object, folder: Path | None = None
+    ) -> Architecture:
         """Read a parsed config.json or a configuration object in any of the known forms.
 
-        Raises ConfigError, in one sentence, for a value that is unknown, contradictory or unusable.
+        folder: of the checkpoint, for quantisation tools that write a file of their own. Raises
+        ConfigError, in one sentence, for a value that is unknown, contradictory or unusable.
         """
         reader = _Reader(config)
         _check_fixed(reader)
@@ -310,10 +318,15 @@ class Architecture:
             expert_width=reader.integer("intermediate_size"),
             num_mtp_modules=reader.integer("num_mtp_modules", at_least=0),
             tie_word_embeddings=_tied(reader),
-            weight_block=_weight_block(reader),
+            recipe=_recipe(reader, folder),
         )
         architecture._check_together()
         return architecture
+
+    @property
+    def expert_unit(self) -> int:
+        """Lines of an expert's width that share a scale or a word, and are never cut apart."""
+        return self.recipe.format_of("model.layers.0.block_sparse_moe.experts").expert_unit
 
     def _check_together(self) -> None:
         if self.num_heads % self.num_kv_heads:

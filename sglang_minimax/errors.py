@@ -7,7 +7,14 @@ checkpoint.
 
 
 class MinimaxError(Exception):
-    """Base of every error that this package raises for a user to read."""
+    """Base of every error that this package raises for a user to read.
+
+    is_told_elsewhere: whether another rank prints it, so that this one need not. is_of_all_ranks:
+    whether every rank has the same one.
+    """
+
+    is_told_elsewhere = False
+    is_of_all_ranks = False
 
 
 class ConfigError(MinimaxError):

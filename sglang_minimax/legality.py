@@ -14,6 +14,7 @@ from itertools import islice
 from math import lcm
 
 from sglang_minimax.config import Architecture
+from sglang_minimax.loading.formats.base import COLUMNS, ROWS
 from sglang_minimax.shards import (
     AttentionShard,
     attention_tp_obstacle,
@@ -125,7 +126,7 @@ def _remedy(
         if found
     ]
     options = [*options, *more] or _nearest_together(arch, asked)
-    cuts_blocks = arch is not None and arch.weight_block is not None
+    cuts_blocks = arch is not None and arch.recipe.method is not None
     return "use " + (
         ", or ".join(options) or ("a BF16 checkpoint" if cuts_blocks else "fewer ranks")
     )
@@ -182,20 +183,21 @@ def _attention_remedy(arch: Architecture | None, sizes: Sizes) -> str:
 
 
 def _cut_head_blocks(arch: Architecture, size: int) -> str | None:
-    """Why a rank's heads are not whole FP8 blocks; None where they are, or there are none."""
-    if arch.weight_block is None:
-        return None
+    """Why a rank's heads are not whole blocks of the format; None where they are."""
     shard = AttentionShard.of(arch, size, 0)
-    rows, columns = arch.weight_block
-    for what, width, block in (
-        ("rows of q_proj", shard.q_width, rows),
-        ("rows of k_proj and v_proj", shard.kv_width, rows),
-        ("columns of o_proj", shard.q_width, columns if size > 1 else 1),
+    for module, width, along in (
+        ("q_proj", shard.q_width, ROWS),
+        ("k_proj", shard.kv_width, ROWS),
+        ("v_proj", shard.kv_width, ROWS),
+        ("o_proj", shard.q_width, COLUMNS),
     ):
-        if width % block:
+        form = arch.recipe.format_of(f"model.layers.0.self_attn.{module}")
+        # q, k and v lie under one another on a single rank too.
+        alone = size == 1 and along == COLUMNS
+        if width % form.unit(along) and not alone:
             return (
-                f"attention-TP size {size} leaves {width} {what} a rank, "
-                f"which cuts an FP8 block of {block}"
+                f"attention-TP size {size} leaves {width} {along} of {module} a rank, "
+                f"which cuts a block of {form.unit(along)} ({form.title})"
             )
     return None
 
@@ -209,18 +211,14 @@ def _moe_tp(sizes: Sizes) -> int | None:
     return None if rest or not size else size
 
 
-def _expert_block(arch: Architecture) -> int:
-    """Rows of an expert that must stay together: whole blocks of w1 and w3, and of w2's columns."""
-    return lcm(*arch.weight_block) if arch.weight_block else 1
-
-
 def _experts_fit(arch: Architecture | None, sizes: Sizes) -> bool:
     size = _moe_tp(sizes)
     if size is None or arch is None:
         return size is not None
     if (arch.num_experts + sizes.ep_redundant) % sizes.ep:
         return False
-    return arch.expert_width % (size * _expert_block(arch)) == 0
+    # Whole blocks of a quantised expert are dealt to any number of ranks.
+    return arch.expert_unit > 1 or arch.expert_width % size == 0
 
 
 def _experts(arch: Architecture | None, sizes: Sizes) -> Iterator[str]:
@@ -240,17 +238,7 @@ def _experts(arch: Architecture | None, sizes: Sizes) -> Iterator[str]:
         )
     elif not _experts_fit(arch, sizes):
         remedy = _expert_remedy(arch, sizes, *_whole_experts(arch, sizes))
-        yield f"{_cut_expert(arch, size)}; {remedy}."
-
-
-def _cut_expert(arch: Architecture, size: int) -> str:
-    rows, rest = divmod(arch.expert_width, size)
-    if rest:
-        return f"expert width {arch.expert_width} is not divisible over {size} ranks"
-    return (
-        f"expert width {arch.expert_width} over MoE-TP {size} leaves {rows} rows a rank, "
-        f"which cuts a {_expert_block(arch)}-row FP8 block"
-    )
+        yield f"expert width {arch.expert_width} is not divisible over {size} ranks; {remedy}."
 
 
 def _nearest_ep(arch: Architecture | None, sizes: Sizes) -> tuple[int, ...]:

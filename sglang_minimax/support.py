@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from sglang_minimax import expert_placement, legality
 from sglang_minimax.config import Architecture
+from sglang_minimax.loading.formats.base import Recipe
+from sglang_minimax.topology import expert_cut
 
-# Formats that the strict loader accounts for tensor by tensor.
-QUANTIZATIONS = (None, "fp8")
+# What SGLang may do with plain weights while they are loaded.
+ONLINE = (None, "fp8")
 # Draft algorithms that read residuals captured on one pipeline stage.
 CAPTURING_ALGORITHMS = ("EAGLE3", "DFLASH", "DSPARK")
 
@@ -31,6 +33,10 @@ class Launch(legality.Sizes):
     enable_return_hidden_states: bool = False
     enable_eplb: bool = False
     init_expert_location: str = expert_placement.TRIVIAL
+    # Where it would run: `cuda`, `rocm`, `ascend`, None where weights are dequantised.
+    hardware: str | None = None
+    # Compute capability times ten, of CUDA devices.
+    capability: int | None = None
 
 
 Check = Callable[[Architecture, Launch], Iterator[str]]
@@ -39,6 +45,25 @@ Check = Callable[[Architecture, Launch], Iterator[str]]
 def refusals(arch: Architecture, launch: Launch) -> list[str]:
     """Every reason not to start, in the order of the checks below; empty when there is none."""
     return [sentence for check in CHECKS for sentence in check(arch, launch)]
+
+
+def notes(arch: Architecture, launch: Launch) -> list[str]:
+    """What works at a price, to be said once at start-up: one sentence each."""
+    return list(_padding(arch, launch))
+
+
+def _padding(arch: Architecture, launch: Launch) -> Iterator[str]:
+    ranks = launch.tp // (launch.ep * launch.moe_dp)
+    cut = expert_cut(arch.expert_width, ranks, 0, arch.expert_unit)
+    if not cut.is_padded:
+        return
+    more = 100 * (cut.over - cut.total) / cut.total
+    whole = f"; --ep-size {launch.tp // launch.moe_dp} needs no padding" if ranks > 1 else ""
+    yield (
+        f"expert width {cut.total} over {ranks} ranks would cut blocks of {arch.expert_unit}, so "
+        f"whole blocks are dealt and padded to {cut.width} rows a rank: +{more:.1f} % expert "
+        f"memory{whole}."
+    )
 
 
 def _sizes(arch: Architecture, launch: Launch) -> Iterator[str]:
@@ -100,12 +125,43 @@ def _placement(arch: Architecture, launch: Launch) -> Iterator[str]:
     )
 
 
-def _format(arch: Architecture, launch: Launch) -> Iterator[str]:
-    if launch.quantization not in QUANTIZATIONS:
+def _kernels(recipe: Recipe, launch: Launch, hardware: str) -> Iterator[str]:
+    """Whether SGLang has an expert kernel for the format on this hardware, and would choose it."""
+    title = recipe.quantised.title
+    fitting = [kernel for kernel in recipe.kernels if kernel.runs_on(hardware, launch.capability)]
+    if not fitting:
+        there = ", ".join(dict.fromkeys(map(str, recipe.kernels))) or "no hardware"
+        here = hardware
+        if launch.capability:
+            here += f" with compute capability {launch.capability / 10:.1f}"
         yield (
-            f"quantization {launch.quantization} is not supported for MiniMax-M2 yet; use the "
-            "published FP8 checkpoint or a BF16 one, or set SGLANG_MINIMAX=0 to serve this one "
-            "with SGLang's own model."
+            f"SGLang has no expert kernel for {title} on {here}, only on {there}; use a checkpoint "
+            "in another format, such as the published FP8 one."
+        )
+    elif all(kernel.method not in (None, launch.quantization) for kernel in fitting):
+        yield (
+            f"SGLang finds its expert kernel for {title} on {hardware} only under another name; "
+            f"start with --quantization {fitting[0].method}."
+        )
+
+
+def _format(arch: Architecture, launch: Launch) -> Iterator[str]:
+    recipe = arch.recipe
+    if recipe.method is None:
+        if launch.quantization not in ONLINE:
+            yield (
+                f"--quantization {launch.quantization} would quantise a plain checkpoint while it "
+                "is loaded, which is not supported for MiniMax-M2; use fp8 or a checkpoint that is "
+                "quantised already."
+            )
+        return
+    title = recipe.quantised.title
+    if launch.hardware:
+        yield from _kernels(recipe, launch, launch.hardware)
+    if recipe.cut_experts and launch.tp != launch.ep * launch.moe_dp:
+        yield (
+            f"the experts of {title} cannot be shared by {launch.tp // launch.ep} ranks: "
+            f"{recipe.cut_experts}; use --ep-size {launch.tp} for whole experts."
         )
 
 

@@ -26,10 +26,12 @@ from sglang_minimax.errors import TopologyError
 from sglang_minimax.legality import Sizes, refusals
 from sglang_minimax.shards import (
     AttentionShard,
+    Cut,
     attention_tp_refusal,
     ceil_div,
     check_rank,
     exact_div,
+    expert_cut,
     expert_range,
     expert_rows,
     is_legal_attention_tp,
@@ -44,12 +46,14 @@ from sglang_minimax.shards import (
 __all__ = [
     "GROUP_KINDS",
     "AttentionShard",
+    "Cut",
     "RankShare",
     "Topology",
     "attention_tp_refusal",
     "ceil_div",
     "check_rank",
     "exact_div",
+    "expert_cut",
     "expert_range",
     "expert_rows",
     "is_legal_attention_tp",
@@ -121,6 +125,11 @@ class Topology:
         >>> Topology.parse("tp=16, dp=2, ep=16")
         Topology(tp=16, dp=2, ep=16, pp=1, nodes=1)
         """
+        return cls(**cls.parse_sizes(text))
+
+    @classmethod
+    def parse_sizes(cls, text: str) -> dict[str, int]:
+        """The sizes that such a text names, which may divide nothing; the same TopologyError."""
         known = [each.name for each in fields(cls)]
         sizes: dict[str, int] = {}
         for part in text.split(","):
@@ -131,7 +140,7 @@ class Topology:
                     f"tp=8,dp=2 with each of {', '.join(known)} at most once and a whole number."
                 )
             sizes[name] = int(value)
-        return cls(**sizes)
+        return sizes
 
     def __str__(self) -> str:
         """As `parse` reads it, without the sizes that are 1; "tp=1" where all are."""
@@ -255,7 +264,9 @@ def rank_share(
         attention=AttentionShard.of(arch, *attention_tp),
         layers=layer_range(arch.num_layers, topology.pp, place.pp_rank, pp_partition),
         experts=expert_range(arch.num_experts + redundant_experts, topology.ep, place.moe_ep_rank),
-        expert_rows=expert_rows(arch.expert_width, topology.moe_tp, place.moe_tp_rank),
+        expert_rows=expert_rows(
+            arch.expert_width, topology.moe_tp, place.moe_tp_rank, arch.expert_unit
+        ),
         embedding_rows=vocabulary_rows(arch.vocab_size, *attention_tp) if first else None,
         head_rows=vocabulary_rows(arch.vocab_size, *(attention_tp if dp_lm_head else tp))
         if last

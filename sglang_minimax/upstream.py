@@ -96,6 +96,15 @@ PATCHES: tuple[Patch, ...] = (
         exit="when the filters apply to the plugins they name only",
     ),
     Patch(
+        target="sglang.srt.model_loader.loader:get_model_loader",
+        replacement="sglang_minimax.patches.model_loader:read_what_is_owned",
+        scope=Scope.MODEL,
+        why="SGLang's default loader opens every tensor on every rank, and knows no padded share",
+        how="returns our subclass of it for MiniMax-M2 in safetensors; other formats keep SGLang's",
+        upstream="LoadFormat is a closed set, and a draft model inherits the target's",
+        exit="when a plugin can register a load format that drafts do not inherit",
+    ),
+    Patch(
         target="sglang.srt.managers.scheduler:Scheduler.__init__",
         replacement="sglang_minimax.patches.launch_errors:one_sentence",
         scope=Scope.MODEL,

@@ -10,6 +10,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -168,10 +169,19 @@ class Launcher:
         preload()
         self._output = folder / "output"
 
-    def __call__(self, model: Path | str, *arguments: str, timeout: float = 90.0) -> Ended:
+    def __call__(
+        self,
+        model: Path | str,
+        *arguments: str,
+        timeout: float = 90.0,
+        before: Callable[[], None] | None = None,
+        interrupt: Callable[[], bool] | None = None,
+    ) -> Ended:
         """Launch a server and wait until it has ended, listens, or `timeout` seconds are over.
 
-        Nothing of it is alive afterwards.
+        before: called in the server's process, whose ranks inherit what it patches. interrupt:
+        asked over and over; when it says yes, the server gets a SIGINT, once. Nothing of it is
+        alive afterwards.
         """
         port = free_port()
         command = [
@@ -179,7 +189,7 @@ class Launcher:
             *("--log-level", "warning", *arguments),
         ]
         context = multiprocessing.get_context("fork")
-        child = context.Process(target=_launch, args=(str(self._output), command))
+        child = context.Process(target=_launch, args=(str(self._output), command, before))
         begin = time.monotonic()
         child.start()
         family: set[psutil.Process] = set()
@@ -188,6 +198,9 @@ class Launcher:
             with contextlib.suppress(psutil.NoSuchProcess):
                 family.update(psutil.Process(child.pid).children(recursive=True))
             started = listens(port)
+            if interrupt is not None and interrupt():
+                interrupt = None
+                os.kill(child.pid, signal.SIGINT)
             child.join(0.02)
         status, seconds = child.exitcode, time.monotonic() - begin
         orphans = [] if status is None else remaining(family)
@@ -226,7 +239,7 @@ def _running(processes: Iterable[psutil.Process]) -> list[str]:
     return found
 
 
-def _launch(output: str, arguments: list[str]) -> None:
+def _launch(output: str, arguments: list[str], before: Callable[[], None] | None) -> None:
     """What `python -m sglang.launch_server` does once it has imported SGLang."""
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
@@ -237,6 +250,10 @@ def _launch(output: str, arguments: list[str]) -> None:
     os.dup2(descriptor, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    # A test run in the background has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if before is not None:
+        before()
     try:
         run_server(prepare_server_args(arguments))
     finally:

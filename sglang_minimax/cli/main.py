@@ -122,6 +122,45 @@ def topology(
     _stop_on_user_error(lambda: show(config, sizes, dp_lm_head=dp_lm_head, as_json=as_json))
 
 
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="Local checkpoint folder.")],
+    layout: Annotated[
+        str | None, typer.Option("--topology", help="The sizes in one, as tp=8,ep=8.")
+    ] = None,
+    tp: Annotated[int, typer.Option("--tp", "--tp-size", help="Ranks of a stage.")] = 1,
+    dp: Annotated[int, typer.Option("--dp", "--attn-dp-size", help="Attention groups.")] = 1,
+    ep: Annotated[int, typer.Option("--ep", "--ep-size", help="Expert groups.")] = 1,
+    pp: Annotated[int, typer.Option("--pp", "--pp-size", help="Pipeline stages.")] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", "--nnodes", help="Machines.")] = 1,
+    redundant_experts: Annotated[
+        int,
+        typer.Option(
+            "--redundant-experts", "--ep-num-redundant-experts", help="Copies beyond the model's."
+        ),
+    ] = 0,
+    dp_lm_head: Annotated[
+        bool,
+        typer.Option("--dp-lm-head", "--enable-dp-lm-head", help="Cut the head over attention-TP."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Judge a checkpoint by its headers: what it holds, and whether and how it would load.
+
+    Exit 1 where it would not load. Example: sglang-minimax inspect /models/MiniMax-M2 --tp 8 --ep 8
+    """
+    from sglang_minimax.cli.inspect_checkpoint import inspect as show
+    from sglang_minimax.legality import Sizes
+
+    sizes = {"tp": tp, "dp": dp, "ep": ep, "pp": pp, "nodes": nodes}
+    if layout is not None and any(size != 1 for size in sizes.values()):
+        raise typer.BadParameter("give the sizes either in --topology or one by one.")
+    asked = Sizes(**sizes, ep_redundant=redundant_experts)
+    _stop_on_user_error(
+        lambda: show(checkpoint, asked, layout, dp_lm_head=dp_lm_head, as_json=as_json)
+    )
+
+
 def _stop_on_user_error(command: Callable[[], int]) -> NoReturn:
     """Exit with the command's status; a MinimaxError is one line on stderr and status 1."""
     try:

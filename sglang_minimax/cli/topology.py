@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 
 from sglang_minimax import legality
+from sglang_minimax.cli import tables
 from sglang_minimax.config import Architecture
 from sglang_minimax.errors import ConfigError
 from sglang_minimax.topology import (
@@ -29,7 +26,7 @@ from sglang_minimax.topology import (
 
 # What the published checkpoints say beyond the architecture's own values.
 PUBLISHED: Mapping[str, Any] = {
-    "quantization_config": {"weight_block_size": [128, 128]},
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
 }
 BF16_BYTES = 2
 
@@ -143,12 +140,18 @@ class Report:
         columns = {title: [cell(self, share) for share in self.shares] for title, cell in COLUMNS}
         same = {title: cells[0] for title, cells in columns.items() if len(set(cells)) == 1}
         common = ", ".join(f"{title} {cell}" for title, cell in same.items())
-        _print(_pairs([*self.summary(), *([("on every rank", common)] if common else [])]))
-        _print(_table("groups of", "number", "size", "global ranks", rows=self._groups()))
+        tables.show(
+            tables.pairs([*self.summary(), *([("on every rank", common)] if common else [])])
+        )
+        tables.show(
+            tables.table("groups of", "number", "size", "global ranks", rows=self._groups())
+        )
         differing = {title: cells for title, cells in columns.items() if title not in same}
         ranks = [str(share.rank) for share in self.shares]
         if differing:
-            _print(_table("rank", *differing, rows=zip(ranks, *differing.values(), strict=True)))
+            tables.show(
+                tables.table("rank", *differing, rows=zip(ranks, *differing.values(), strict=True))
+            )
 
     def summary(self) -> list[tuple[str, str]]:
         """(what, how much) of the whole topology."""
@@ -238,7 +241,6 @@ PLACES = (
     "moe_tp_rank",
 )
 GROUPS_SHOWN = 4
-MOST_COLUMNS = 1000
 GROUP_TITLES = {
     "tp": "TP",
     "attention_tp": "attention-TP",
@@ -268,29 +270,3 @@ COLUMNS: tuple[tuple[str, Callable[[Report, RankShare], str]], ...] = (
     ("head rows", lambda _, share: _ends(share.head_rows)),
     ("weights", lambda report, share: f"{parameter_count(report.arch, share):,}"),
 )
-
-
-def _table(*titles: str, rows: Iterable[tuple[str, ...]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in titles:
-        table.add_column(name, no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _print(table: Table) -> None:
-    """Print in full: a terminal that is too narrow, or a pipe, must not lose a column."""
-    console = Console(highlight=False)
-    unlimited = console.options.update(max_width=MOST_COLUMNS)
-    console.width = max(console.width, Measurement.get(console, unlimited, table).maximum)
-    console.print(table)

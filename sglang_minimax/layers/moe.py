@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sglang_minimax.config import Architecture
+from sglang_minimax.layers.stage import expert_cut_here
 
 
 def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -62,7 +63,8 @@ class MiniMaxM2MoE(nn.Module):
             num_experts=arch.num_experts + get_exec().moe.ep_num_redundant_experts,
             top_k=arch.top_k,
             hidden_size=arch.hidden_size,
-            intermediate_size=arch.expert_width,
+            # More than the model has where blocks are dealt to ranks and padded.
+            intermediate_size=expert_cut_here(arch).over,
             layer_id=layer_id,
             quant_config=quant_config,
             prefix=add_prefix("experts", prefix),

@@ -8,17 +8,15 @@ torch, no SGLang.
 from __future__ import annotations
 
 import json
-import struct
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from sglang_minimax.config import Architecture
 from sglang_minimax.errors import LoadError
+from sglang_minimax.loading.headers import AGAIN, read_header
 
 INDEX = "model.safetensors.index.json"
-AGAIN = "copy or download it again."
-# What the safetensors library accepts.
-LONGEST_HEADER = 100_000_000
-_LENGTH = struct.Struct("<Q")
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -29,7 +27,7 @@ def check_checkpoint(folder: Path) -> None:
     if not folder.is_dir():
         return
     for file in weight_files(folder):
-        check_file(file)
+        read_header(file)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -63,40 +61,55 @@ def _shards(index: Path) -> list[str]:
         raise LoadError(f"{index} is no index of safetensors files; {AGAIN}") from error
 
 
-def check_file(file: Path) -> None:
-    """Raise LoadError unless a safetensors file has a header and the bytes that it announces."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(_LENGTH.size)
-            if len(start) < _LENGTH.size:
-                raise LoadError(f"{file} is incomplete: it has {size} bytes; {AGAIN}")
-            (length,) = _LENGTH.unpack(start)
-            if length > LONGEST_HEADER:
-                raise LoadError(f"{file} has no valid safetensors header; {AGAIN}")
-            header = stream.read(length)
-    except OSError as error:
-        raise LoadError(
-            f"{file} cannot be read ({error.strerror}); check its permissions and its disk."
-        ) from error
-    announced = _LENGTH.size + length
-    if len(header) == length:
-        announced += _data_length(file, header)
-    if size < announced:
-        raise LoadError(
-            f"{file} is incomplete: it has {size} bytes of at least {announced}; {AGAIN}"
-        )
-    if size > announced:
-        raise LoadError(f"{file} has {size} bytes where its header announces {announced}; {AGAIN}")
+def architecture_of(folder: Path) -> Architecture | None:
+    """What config.json of `folder` describes, None where there is none. Raises MinimaxError."""
+    config = config_of(folder)
+    return None if config is None else Architecture.from_config(config, folder)
 
 
-def _data_length(file: Path, header: bytes) -> int:
-    """The length of the data after the header: the largest end of a tensor."""
+def folder_of(model_path: str, revision: str | None = None) -> Path | None:
+    """Where a checkpoint's small files lie: the folder, or the hub's cache; None for neither.
+
+    SGLang has fetched config.json, and what lies beside it, before it asks for a model.
+    """
+    if Path(model_path).is_dir():
+        return Path(model_path)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
     try:
-        entries: dict[str, Any] = json.loads(header)
-        spans = [entry["data_offsets"] for n, entry in entries.items() if n != "__metadata__"]
-        if all(0 <= start <= end for start, end in spans):
-            return int(max((end for _, end in spans), default=0))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise LoadError(f"{file} has no valid safetensors header; {AGAIN}") from error
-    raise LoadError(f"{file} has a safetensors header with impossible offsets; {AGAIN}")
+        found = try_to_load_from_cache(model_path, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def config_of(folder: Path) -> dict[str, Any] | None:
+    """The parsed config.json of `folder`, None where there is none. Raises LoadError."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadError(f"{file} cannot be read as JSON; copy or download it again.") from error
+    if not isinstance(config, dict):
+        raise LoadError(f"{file} is no JSON object; copy or download it again.")
+    return config
+
+
+def check_same_architecture(folder: Path, running: Architecture) -> None:
+    """Raise MinimaxError where config.json of `folder` describes another model than `running`.
+
+    A folder without one says nothing. An update replaces weights only, so that another rope_theta
+    would give other results than a fresh start. Layers for multi-token prediction are left out
+    whatever their number.
+    """
+    new = architecture_of(folder)
+    for field in fields(Architecture):
+        there, here = getattr(new, field.name, None), getattr(running, field.name)
+        if new and there != here and field.name != "num_mtp_modules":
+            raise LoadError(
+                f"config.json of {folder} is of another model ({field.name} is {there}, of the "
+                f"running one {here}); start a server with it instead."
+            )

@@ -1,85 +1,157 @@
-"""The tensors of safetensors files as their headers announce them, without the data.
+"""What the headers of safetensors files announce: names, types, shapes and where the bytes lie.
 
-A weight comes as a tensor on the meta device: name, shape and type. Scales, which are small and
-whose values are judged, are read. No SGLang.
+No torch, no SGLang; a header is JSON in front of the data.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
-from dataclasses import fields
+import gc
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
-from safetensors import safe_open
+import orjson
 
-from sglang_minimax.config import Architecture
 from sglang_minimax.errors import LoadError
-from sglang_minimax.loading.ledger import SCALES
+from sglang_minimax.loading.formats.base import Shape
 
-#: Types of the safetensors format. One that is not here has no parameter to go to.
-TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+AGAIN = "copy or download it again."
+# What the safetensors library accepts.
+LONGEST_HEADER = 100_000_000
+_LENGTH = struct.Struct("<Q")
+
+#: Bytes of one element, by the name of its type.
+ITEM_BYTES: Mapping[str, int] = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
 
 
-def announced_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) for each tensor of each file. Raises LoadError, SafetensorError, OSError."""
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (it is no dictionary)
-                if name.rpartition(".")[2] in SCALES:
-                    yield name, opened.get_tensor(name)
-                    continue
-                entry = opened.get_slice(name)
-                kind, shape = entry.get_dtype(), entry.get_shape()
-                if kind not in TYPES:
-                    raise LoadError(f"{name} in {file} is {kind}, which no MiniMax-M2 has.")
-                yield name, torch.empty(shape, dtype=TYPES[kind], device="meta")
+class Tensor(NamedTuple):
+    """One announced tensor. offset: of its first byte in the file."""
+
+    file: Path
+    kind: str
+    shape: Shape
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * ITEM_BYTES[self.kind]
 
 
-def architecture_of(folder: Path) -> Architecture | None:
-    """What config.json of `folder` describes, None where there is none. Raises MinimaxError."""
-    file = folder / "config.json"
-    if not file.is_file():
-        return None
+@dataclass(slots=True)
+class Headers:
+    """The tensors of a checkpoint. repeated: (name, first file, second file) of those in two."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    repeated: list[tuple[str, Path, Path]] = field(default_factory=list)
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Python's cyclic collector pauses: it would go through what is made again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
     try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{file} cannot be read as JSON; copy or download it again.") from error
-    if not isinstance(config, dict):
-        raise LoadError(f"{file} is no JSON object; copy or download it again.")
-    return Architecture.from_config(config)
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
-def check_same_architecture(folder: Path, running: Architecture) -> None:
-    """Raise MinimaxError where config.json of `folder` describes another model than `running`.
+@without_collector()
+def read_headers(files: Iterable[Path]) -> Headers:
+    """The headers of all files. Raises LoadError for one that is not whole or not safetensors."""
+    headers = Headers()
+    for file in files:
+        for name, tensor in read_header(file).items():
+            before = headers.tensors.get(name)
+            if before is not None:
+                headers.repeated.append((name, before.file, file))
+            else:
+                headers.tensors[name] = tensor
+    return headers
 
-    A folder without one says nothing. An update replaces weights only, so that another rope_theta
-    would give other results than a fresh start. Layers for multi-token prediction are left out
-    whatever their number.
-    """
-    new = architecture_of(folder)
-    for field in fields(Architecture):
-        there, here = getattr(new, field.name, None), getattr(running, field.name)
-        if new and there != here and field.name != "num_mtp_modules":
-            raise LoadError(
-                f"config.json of {folder} is of another model ({field.name} is {there}, of the "
-                f"running one {here}); start a server with it instead."
-            )
+
+def read_header(file: Path) -> dict[str, Tensor]:
+    """name -> tensor of one file, in the order of the header. Raises LoadError."""
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            start = stream.read(_LENGTH.size)
+            if len(start) < _LENGTH.size:
+                raise LoadError(f"{file} is incomplete: it has {size} bytes; {AGAIN}")
+            (length,) = _LENGTH.unpack(start)
+            if length > LONGEST_HEADER:
+                raise LoadError(f"{file} has no valid safetensors header; {AGAIN}")
+            text = stream.read(length)
+    except OSError as error:
+        raise LoadError(
+            f"{file} cannot be read ({error.strerror}); check its permissions and its disk."
+        ) from error
+    data = _LENGTH.size + length
+    tensors: dict[str, Tensor] = {}
+    announced = data
+    if len(text) == length:
+        tensors, end = _parsed(file, text, data)
+        announced += end
+    if size < announced:
+        raise LoadError(
+            f"{file} is incomplete: it has {size} bytes of at least {announced}; {AGAIN}"
+        )
+    if size > announced:
+        raise LoadError(f"{file} has {size} bytes where its header announces {announced}; {AGAIN}")
+    return tensors
+
+
+def _parsed(file: Path, text: bytes, data: int) -> tuple[dict[str, Tensor], int]:
+    """The tensors of a header whose data begin at byte `data`, and where the last of them ends."""
+    tensors: dict[str, Tensor] = {}
+    spans: list[tuple[int, int]] = []
+    try:
+        entries: dict[str, Any] = orjson.loads(text)
+        for name, entry in entries.items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            kind, shape = entry["dtype"], tuple(entry["shape"])
+            nbytes = ITEM_BYTES.get(kind)
+            if nbytes is None:
+                raise LoadError(f"{name} in {file} is {kind}, which no MiniMax-M2 has.")
+            sound = type(start) is type(end) is int and start >= 0
+            for size in shape:
+                sound = sound and type(size) is int and size >= 0
+                nbytes *= size
+            if not sound or end - start != nbytes:
+                raise LoadError(f"{file} has a safetensors header with impossible offsets; {AGAIN}")
+            tensors[name] = Tensor(file, kind, shape, data + start)
+            spans.append((start, end))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise LoadError(f"{file} has no valid safetensors header; {AGAIN}") from error
+    last = 0
+    for start, end in sorted(spans):
+        if start != last:  # a gap, or two tensors in one place
+            raise LoadError(f"{file} has a safetensors header with impossible offsets; {AGAIN}")
+        last = end
+    return tensors, last

@@ -1,244 +1,361 @@
-"""The ledger of one load: which tensor fills what, and what does not fit.
+"""The ledger of one load on one rank: which tensor goes where, and what does not fit.
 
-Looking (`check`) and writing (`write`) are apart, so that a whole call can be judged, on every
-rank, before the first byte of a parameter changes. Tensors on the meta device stand for announced
-ones: their names, shapes and types are judged, their values are not there yet.
+It sees names, types and shapes only, so a whole call, or the headers of a whole checkpoint, can be
+judged before the first byte is read or written. No torch, no SGLang.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
-
-import torch
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from sglang_minimax.config import Architecture
-from sglang_minimax.loading.names import (
-    KV_SCALES,
-    MATRIX_SCALES,
-    TensorName,
-    omission,
-    parse,
-    spell,
-)
+from sglang_minimax.loading.formats.base import PLAIN, ROWS, Shape
+from sglang_minimax.loading.names import KV_SCALES, TensorName, omission, parse, spell
 from sglang_minimax.loading.problems import Problems
-from sglang_minimax.loading.slots import Shape, Slot, Slots, Stage
+from sglang_minimax.loading.slots import Slot, Slots, Stage
 
-NamedTensors = Iterable[tuple[str, torch.Tensor]]
-Types = Mapping[str, torch.dtype]
+Box = tuple[range, ...]
 
-SCALES = frozenset({*MATRIX_SCALES, *KV_SCALES})
+#: What packs several matrices, one under the other, and in which order.
+PACKED_MODULES = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+BOTH_KV_SCALES = "kv_scale"
+PACKED_PROJECTIONS = {"w13": ("w1", "w3"), "w31": ("w3", "w1")}
+
+NO_KV_QUANTISATION = "KV scales without a quantised KV cache"
+
+#: Modules that every format leaves in full precision, and what they are for people.
+FULL_PRECISION = {
+    "gate": "the router",
+    "lm_head": "the head",
+    "embed_tokens": "the embedding",
+    "e_score_correction_bias": "the router's bias",
+    "norm": "a norm",
+    "q_norm": "a norm",
+    "k_norm": "a norm",
+    "input_layernorm": "a norm",
+    "post_attention_layernorm": "a norm",
+}
+
+
+class Placement(NamedTuple):
+    """One (tensor, part) that this rank needs.
+
+    record: what it is, as one matrix of one expert. box: the elements of the checkpoint's tensor,
+    for each of its dimensions. copies: how many times this rank holds the expert.
+    """
+
+    slot: Slot
+    record: TensorName
+    box: Box
+    copies: int = 1
+
+
+class _Fit(NamedTuple):
+    """How tensors that are alike but for the expert go into slots.
+
+    experts: of the model, 0 where the tensor is not an expert's. stacked: whether it holds all of
+    them. parts: of each matrix in it, its record with expert None, its slots, and for each of these
+    the box of the tensor, without the dimension of experts.
+    """
+
+    experts: int
+    stacked: bool
+    parts: tuple[tuple[TensorName, tuple[Slot, ...], tuple[Box, ...]], ...]
 
 
 class Ledger:
-    """The ledger of one load on one rank."""
+    """Takes announced tensors one at a time; `problems` has what did not fit."""
 
     def __init__(
-        self, model: torch.nn.Module, arch: Architecture, stage: Stage, slots: Slots, types: Types
+        self,
+        arch: Architecture,
+        stage: Stage,
+        slots: Slots,
+        unused: Collection[TensorName] = frozenset(),
     ) -> None:
-        """types: of the parameters as the model was built, before any post-processing."""
+        """unused: records without a slot because the kernels of this device do not need them."""
+        self._unused = unused
         self.arch = arch
         self.stage = stage
         self.slots = slots
-        self.types = types
-        self.parameters = dict(model.named_parameters())
-        self.seen: set[TensorName] = set()
         self.problems = Problems()
-        self.written: set[str] = set()
         self.elsewhere = 0
+        self.placed = 0
         self.omitted: dict[str, int] = {}
+        self._seen: dict[TensorName, bytearray] = {}
+        self._experts: dict[int, Mapping[int, int]] = {}
+        self._fits: dict[tuple[object, ...], _Fit] = {}
 
-    def check(
-        self, name: str, tensor: torch.Tensor
-    ) -> Iterator[tuple[Slot, TensorName, torch.Tensor]]:
-        """Yield what a tensor fills, after every check; report it and yield nothing otherwise."""
-        arch = self.arch
-        record = parse(name)
-        reason = omission(
-            name, num_layers=arch.num_layers, num_mtp_modules=arch.num_mtp_modules
-        ) or self._left_out(record)
-        if reason:
-            self.omitted[reason] = self.omitted.get(reason, 0) + 1
-            return
+    def place(self, name: str, kind: str, shape: Shape) -> list[Placement]:
+        """Where a tensor of type `kind` and `shape` goes on this rank; [] where nowhere.
+
+        What does not fit is entered in `problems`.
+        """
+        return self.place_record(name, parse(name), kind, shape)
+
+    def place_record(
+        self, name: str, record: TensorName | None, kind: str, shape: Shape
+    ) -> list[Placement]:
+        """`place` for a name that has been parsed."""
+        if record is None or record.layer is not None or record.module == "lm_head":
+            reason = self.omission_of(name, record)
+            if reason:
+                self._omit(reason)
+                return []
         if record is None:
             self.problems.add("unexpected", name)
-            return
-        for part, share in self._unstacked(name, record, tensor):
-            if self._belongs_elsewhere(part):
-                self.elsewhere += 1
-                continue
-            if part in self.seen:
-                self.problems.add("duplicate", name)
-                return
-            self.seen.add(part)
-            for slot in self._fitting(name, part, share):
-                yield slot, part, share
+            return []
+        if self._on_another_stage(record):
+            self.elsewhere += 1
+            return []
+        return self._placed(name, record, kind, shape)
 
-    def _left_out(self, record: TensorName | None) -> str | None:
-        if record is None:
-            return None
-        if record.module == "lm_head" and self.arch.tie_word_embeddings:
+    def _omit(self, reason: str) -> None:
+        self.omitted[reason] = self.omitted.get(reason, 0) + 1
+
+    def omission_of(self, name: str, record: TensorName | None) -> str | None:
+        """Why a tensor is left out on purpose, None where it is not."""
+        arch = self.arch
+        if record is None or (record.layer or 0) >= arch.num_layers:
+            return omission(name, num_layers=arch.num_layers, num_mtp_modules=arch.num_mtp_modules)
+        if record.module == "lm_head" and arch.tie_word_embeddings:
             return "the head is tied to the embedding"
         if record.module == "attn" and record.layer in self.stage.layers:
-            return None if record in self.slots else "KV scales without a quantised KV cache"
+            if record.kind not in (*KV_SCALES, BOTH_KV_SCALES):
+                return "attention scales that SGLang has no use for"
+            return None if _parts(record)[0] in self.slots else NO_KV_QUANTISATION
         return None
 
-    def _unstacked(
-        self, name: str, record: TensorName, tensor: torch.Tensor
-    ) -> Iterator[tuple[TensorName, torch.Tensor]]:
-        """A tensor of all experts, one expert and projection at a time; any other as it is."""
-        if record.module != "experts" or record.expert is not None:
-            yield record, tensor
-            return
-        arch = self.arch
-        parts = ("w1", "w3") if record.projection == "gate_up" else ("w2",)
-        each = arch.expert_width if record.projection == "gate_up" else arch.hidden_size
-        columns = arch.hidden_size if record.projection == "gate_up" else arch.expert_width
-        shape = (arch.num_experts, len(parts) * each, columns)
-        if tuple(tensor.shape) != shape:
-            self._misshapen(name, tensor, (shape,))
-            return
-        for expert in range(arch.num_experts):
-            for i, projection in enumerate(parts):
-                part = record._replace(expert=expert, projection=projection)
-                yield part, tensor[expert, i * each : (i + 1) * each]
-
-    def _belongs_elsewhere(self, record: TensorName) -> bool:
-        """Whether another pipeline stage holds this tensor."""
+    def _on_another_stage(self, record: TensorName) -> bool:
         if record.layer is not None:
             return record.layer not in self.stage.layers and record.layer < self.arch.num_layers
-        if record in self.slots:
+        if (None, record.module, "weight", None, None) in self.slots:
             return False
-        return not (self.stage.embed if record.module == "embed_tokens" else self.stage.head)
+        on_this = self.stage.embedding if record.module == "embed_tokens" else self.stage.head
+        return on_this is None
 
-    def _fitting(self, name: str, record: TensorName, tensor: torch.Tensor) -> tuple[Slot, ...]:
-        """The slots of a tensor whose expert, shape and values are right; none otherwise."""
-        slots = self.slots.get(record._replace(expert=None))
-        if slots is None or (record.expert or 0) >= max(slots[0].experts, 1):
+    def _placed(self, name: str, record: TensorName, kind: str, shape: Shape) -> list[Placement]:
+        # Thousands of experts fit alike, and only the number of the expert differs.
+        layer, module, what, expert, projection = record
+        alike = (layer, module, what, projection, expert is None, kind, shape)
+        fit = self._fits.get(alike)
+        if fit is None:
+            fit = self._fit(name, record, kind, shape)
+            if fit is None:
+                return []
+            self._fits[alike] = fit
+        if fit.experts and expert is not None and expert >= fit.experts:
             self.problems.add("unexpected", name)
-            return ()
-        if tuple(tensor.shape) not in slots[0].shapes:
-            self._misshapen(name, tensor, slots[0].shapes)
-            return ()
-        absent = [slot.parameter for slot in slots if slot.parameter not in self.parameters]
-        if absent:
-            self.problems.add("unexpected", f"{name} (the model has no parameter {absent[0]})")
-            return ()
-        invalid = invalid_values(record.kind, tensor) or self._invalid_type(record, slots, tensor)
-        if invalid:
-            self.problems.add("invalid", f"{name} {invalid}")
-            return ()
-        return slots
+            return []
+        placements: list[Placement] = []
+        for part, slots, boxes in fit.parts:
+            for each in range(fit.experts) if fit.stacked else (expert,):
+                if not self._mark(part, each, slots[0]):
+                    self.problems.add("duplicate", name)
+                    return []
+                copies = 1
+                if each is not None and not slots[0].stored.everywhere:
+                    copies = self._copies(part, each)
+                if not copies:
+                    continue  # others hold it
+                held = part if each is None else _of_expert(part, each)
+                for slot, box in zip(slots, boxes, strict=True):
+                    lead = (range(each, each + 1),) if fit.stacked and each is not None else ()
+                    placements.append(Placement(slot, held, lead + box, copies))
+        self.placed += bool(placements)
+        self.elsewhere += not placements
+        return placements
 
-    def _invalid_type(
-        self, record: TensorName, slots: tuple[Slot, ...], tensor: torch.Tensor
-    ) -> str | None:
-        """Why a weight's type does not fit: a cast to or from FP8 would lack the scale."""
-        if record.kind in SCALES:
+    def _fit(self, name: str, record: TensorName, kind: str, shape: Shape) -> _Fit | None:
+        """How a tensor and its like go into their slots; None, with the problem entered, or not."""
+        parts = _parts(record)
+        slots = [self.slots.get(part) for part in parts]
+        if None in slots:
+            if all(part in self._unused for part in parts):
+                self._omit("not needed by the kernels of this device")
+            else:
+                self._unplaceable(name, record)
             return None
-        for slot in slots:
-            now = self.parameters[slot.parameter].dtype
-            built = self.types.get(slot.parameter, now)
-            if (tensor.itemsize == 1 or built.itemsize == 1) and tensor.dtype != built:
-                return f"is {tensor.dtype}, expected {built}"
-            if now != built and (now.itemsize == 1 or not now.is_floating_point):
-                return f"cannot be replaced: its parameter became {now} after loading; restart"
-        return None
+        found = [slot for slot in slots if slot]
+        first = found[0][0]
+        experts = first.experts
+        if experts and record.expert is not None and record.expert >= experts:
+            self.problems.add("unexpected", name)
+            return None
+        stacked = experts if experts and record.expert is None else 0
+        types = first.stored.types.intersection(*(slot[0].stored.types for slot in found))
+        if kind not in types:
+            self._mistyped(record, f"{name} is {kind}, expected {_one_of(types)}")
+            self._mark_all(parts, found, record.expert)
+            return None
+        offsets = _offsets([slot[0] for slot in found], shape[1:] if stacked else shape)
+        if offsets is None or (stacked and shape[:1] != (stacked,)):
+            self._misshapen(name, [slot[0] for slot in found], shape, stacked)
+            self._mark_all(parts, found, record.expert)
+            return None
+        dimensions = len(shape) - bool(stacked)
+        boxes = [
+            tuple(_shifted(slot.box, offset, dimensions) for slot in part)
+            for part, offset in zip(found, offsets, strict=True)
+        ]
+        return _Fit(experts, bool(stacked), tuple(zip(parts, found, boxes, strict=True)))
 
-    def _misshapen(self, name: str, tensor: torch.Tensor, shapes: tuple[Shape, ...]) -> None:
-        wanted = " or ".join(str(list(shape)) for shape in shapes)
-        self.problems.add("misshapen", f"{name} is {list(tensor.shape)}, expected {wanted}")
+    def _copies(self, part: TensorName, expert: int) -> int:
+        """How many times this rank holds an expert of the part's layer."""
+        layer = part.layer or 0
+        held = self._experts.get(layer)
+        if held is None:
+            held = self._experts[layer] = self.stage.experts(layer)
+        return held.get(expert, 0)
 
-    def write(self, slot: Slot, name: TensorName, tensor: torch.Tensor) -> None:
-        """Let the parameter's loader cut this rank's share and copy it."""
-        parameter = self.parameters[slot.parameter]
-        loader: Any = getattr(parameter, "weight_loader", _copy_whole)
-        if slot.experts:
-            # The loader finds out by itself whether, and how often, this rank holds the expert.
-            loader(parameter, tensor, slot.parameter, shard_id=slot.shard, expert_id=name.expert)
-        elif slot.shard:
-            loader(parameter, tensor, slot.shard)
+    def _mark(self, part: TensorName, expert: int | None, slot: Slot) -> bool:
+        """Note that a matrix's tensor is there; False where it was before."""
+        seen = self._seen.get(part)
+        if seen is None:
+            seen = self._seen[part] = bytearray(slot.experts or 1)
+        if seen[expert or 0]:
+            return False
+        seen[expert or 0] = 1
+        return True
+
+    def _mark_all(
+        self, parts: Sequence[TensorName], found: Sequence[tuple[Slot, ...]], expert: int | None
+    ) -> None:
+        """Note that a tensor which does not fit was there, so that it is not missing as well."""
+        for part, slots in zip(parts, found, strict=True):
+            experts = slots[0].experts
+            for each in range(experts) if experts and expert is None else (expert,):
+                self._mark(part, each, slots[0])
+
+    def _unplaceable(self, name: str, record: TensorName) -> None:
+        """Say why a tensor whose name is known has no slot."""
+        what = FULL_PRECISION.get(record.module)
+        if what is not None and record.kind not in ("weight", "bias"):
+            self.problems.add(
+                "quantised",
+                f"{name} ({what} is kept in full precision; leave it out when quantising)",
+            )
+            return
+        form = self.arch.recipe.format_of(_module(record))
+        kinds = [record._replace(kind=stored.kind) for stored in form.tensors]
+        known = any(part in self.slots for kind in kinds for part in _parts(kind))
+        if what is None and known and record.kind != "bias":
+            title = form.title
+            self.problems.add(
+                "contradictory", f"{name} (config.json says that this module is {title})"
+            )
+            return
+        self.problems.add("unexpected", name)
+
+    def _mistyped(self, record: TensorName, line: str) -> None:
+        """Enter a tensor of a wrong type, which in a quantised module contradicts the config."""
+        form = self.arch.recipe.format_of(_module(record))
+        if record.module in FULL_PRECISION or form is PLAIN:
+            self.problems.add("invalid", line)
         else:
-            loader(parameter, tensor)
-        self.written.add(slot.parameter)
+            self.problems.add("contradictory", f"{line} (config.json says {form.title})")
 
-    def check_parameters(self) -> None:
-        """Report parameters that the slots would leave unwritten, wholly or in part."""
-        covered: dict[str, int] = {}
-        uncounted: set[str] = set()
-        for slot in (slot for slots in self.slots.values() for slot in slots):
-            covered[slot.parameter] = covered.get(slot.parameter, 0) + (slot.elements or 0)
-            if slot.elements is None:
-                uncounted.add(slot.parameter)
-        for name, parameter in self.parameters.items():
-            if name not in covered:
-                # A parameter without a loader is made by its owner, such as a computed scale.
-                if hasattr(parameter, "weight_loader"):
-                    self.problems.add("missing", f"{name} (a parameter that no tensor fills)")
-            elif name not in uncounted and covered[name] != parameter.numel():
-                lacking = parameter.numel() - covered[name]
-                self.problems.add("missing", f"{lacking} elements of {name}")
-        for name in covered.keys() - self.parameters.keys():
-            self.problems.add("unexpected", f"{name} (the model has no such parameter)")
+    def _misshapen(self, name: str, slots: list[Slot], shape: Shape, stacked: int) -> None:
+        first = slots[0].shape
+        wanted = list(first)
+        for i, axis in enumerate(slots[0].stored.axes):
+            if axis.along == ROWS:
+                wanted[i] = sum(slot.shape[i] for slot in slots)
+        expected = [stacked, *wanted] if stacked else wanted
+        self.problems.add("misshapen", f"{name} is {list(shape)}, expected {expected}")
 
     def check_complete(self) -> None:
-        """Report the slots that nothing filled."""
+        """Enter the tensors of this stage that never came."""
         for name, slots in self.slots.items():
-            if slots[0].optional:
+            if slots[0].stored.optional:
                 continue
-            for expert in range(slots[0].experts) if slots[0].experts else (None,):
-                record = name._replace(expert=expert)
-                if record not in self.seen:
+            seen = self._seen.get(name) or bytes(slots[0].experts or 1)
+            for expert, there in enumerate(seen):
+                if not there:
+                    record = name._replace(expert=expert) if slots[0].experts else name
                     self.problems.add("missing", spell(record))
 
     def summary(self) -> str:
         """Counts for the log."""
-        counts = [f"{len(self.seen)} tensors loaded"]
+        counts = [f"{self.placed} tensors loaded"]
         if self.elsewhere:
-            counts.append(f"{self.elsewhere} for other pipeline stages")
+            counts.append(f"{self.elsewhere} for other ranks")
         counts += [f"{count} left out ({reason})" for reason, count in self.omitted.items()]
         return ", ".join(counts)
 
 
-def _copy_whole(parameter: torch.nn.Parameter, tensor: torch.Tensor) -> None:
-    # A scalar is written as [] or as [1]; both have passed the comparison of shapes.
-    parameter.data.copy_(tensor.reshape(parameter.shape))
+def _parts(record: TensorName) -> tuple[TensorName, ...]:
+    """The records of the single matrices that a tensor holds, with expert None."""
+    layer, module, kind, _, projection = record
+    if module == "experts":
+        projections = PACKED_PROJECTIONS.get(projection or "", (projection,))
+        return tuple(TensorName(layer, module, kind, None, each) for each in projections)
+    if kind == BOTH_KV_SCALES:
+        return tuple(TensorName(layer, module, each) for each in KV_SCALES)
+    if module in PACKED_MODULES:
+        return tuple(TensorName(layer, each, kind) for each in PACKED_MODULES[module])
+    return (record,)
 
 
-def invalid_values(kind: str, tensor: torch.Tensor) -> str | None:
-    """What is wrong with the values or the type of a `kind` of tensor, None when nothing is."""
-    if kind not in SCALES:
-        return None if tensor.is_floating_point() else f"is {tensor.dtype}, expected a float type"
-    if tensor.is_meta:
-        return None
-    # A NaN makes both comparisons false.
-    low, high = torch.aminmax(tensor.float())
-    if low > 0 and high < float("inf"):
-        return None
-    return f"has scales from {low.item()} to {high.item()}, expected finite numbers above 0"
+def _of_expert(part: TensorName, expert: int) -> TensorName:
+    layer, module, kind, _, projection = part
+    return TensorName(layer, module, kind, expert, projection)
 
 
-def direct_problems(
-    parameters: Mapping[str, torch.nn.Parameter], weights: NamedTensors
-) -> Problems:
-    """What does not fit where tensors are copied as they are into parameters of the same name.
+#: Where one matrix begins in a packed tensor: (dimension, first element), None where it is alone.
+_Offset = tuple[int, int] | None
 
-    Each must have the shape of this rank's parameter, and its type where either is of one byte.
+
+def _offsets(slots: list[Slot], shape: Shape) -> list[_Offset] | None:
+    """Where each matrix begins in a tensor of `shape`; None where the shape is wrong.
+
+    shape: without the dimension of experts.
     """
-    problems, seen = Problems(), set()
-    for name, tensor in weights:
-        parameter = parameters.get(name)
-        if parameter is None:
-            problems.add("unexpected", f"{name} (the model has no such parameter)")
-        elif name in seen:
-            problems.add("duplicate", name)
-        elif tensor.shape != parameter.shape:
-            problems.add(
-                "misshapen", f"{name} is {list(tensor.shape)}, expected {list(parameter.shape)}"
-            )
-        elif tensor.dtype != parameter.dtype and 1 in (tensor.itemsize, parameter.itemsize):
-            problems.add("invalid", f"{name} is {tensor.dtype}, expected {parameter.dtype}")
-        elif invalid := invalid_values(name.rpartition(".")[2], tensor):
-            problems.add("invalid", f"{name} {invalid}")
-        seen.add(name)
-    return problems
+    first = slots[0]
+    if len(slots) == 1:
+        if shape == first.shape:
+            return [None]
+        right = first.stored.accepts(shape, first.rows.total, first.columns.total)
+        return [None] if right else None
+    dimension = next((i for i, a in enumerate(first.stored.axes) if a.along == ROWS), None)
+    if dimension is None:
+        return _shared_or_listed(slots, shape)
+    starts, total = [], 0
+    for slot in slots:
+        if slot.rows.total % slot.stored.axes[dimension].per:
+            return None  # an element would belong to two matrices
+        starts.append(total)
+        total += slot.shape[dimension]
+    wanted = [*first.shape]
+    wanted[dimension] = total
+    return [(dimension, start) for start in starts] if shape == tuple(wanted) else None
+
+
+def _shared_or_listed(slots: list[Slot], shape: Shape) -> list[_Offset] | None:
+    """A tensor without rows, such as one scale: the same for all matrices, or one for each."""
+    first = slots[0]
+    if not first.shape and shape in ((len(slots),), (len(slots), 1)):
+        return [(0, i) for i in range(len(slots))]
+    right = first.stored.accepts(shape, first.rows.total, first.columns.total)
+    return [None] * len(slots) if right else None
+
+
+def _shifted(box: Box, offset: _Offset, dimensions: int) -> Box:
+    """`box` where its matrix begins at `offset`, with the dimensions that the tensor has."""
+    ranges = list(box[:dimensions]) + [range(1)] * (dimensions - len(box))
+    if offset is not None:
+        i, start = offset
+        ranges[i] = range(ranges[i].start + start, ranges[i].stop + start)
+    return tuple(ranges)
+
+
+def _module(record: TensorName) -> str:
+    path = f"model.layers.{record.layer}"
+    if record.module == "experts":
+        return f"{path}.block_sparse_moe.experts"
+    return f"{path}.self_attn.{record.module}"
+
+
+def _one_of(types: frozenset[str]) -> str:
+    return " or ".join(sorted(types))

@@ -1,34 +1,44 @@
 """Load a checkpoint so that nothing is skipped: every tensor has a slot, every slot one tensor.
 
 SGLang's loaders pad a tensor that is too short and ignore what they do not know, without a word.
-Here each (name, tensor) pair is looked up in the table of slots, and the tensor's *full* shape is
-compared before SGLang's loader cuts this rank's share out of it. What does not fit is collected and
-raised as one LoadError.
+Here every name, type and shape goes through the ledger first, SGLang's loaders get exactly this
+rank's share (`shares.Share`), and a share that a loader did not take is an error. What does not fit
+is collected and raised as one LoadError.
 
-The first load must fill every slot. Later ones (weight updates) may bring any part, unless they run
-under `complete()`. `problems_of` judges a call and writes nothing, so that ranks can agree first. A
-sequence is checked as a whole before the first parameter is touched; from an iterator, which may be
-too large to hold, nothing is written after the first problem. No SGLang: parameters are reached
-through their `weight_loader` attribute.
+Weights come in two ways. From files (`CheckpointFiles`), a plan says what is read, and is judged
+before the first byte. In memory, as whole tensors, they are judged here; a sequence as a whole
+before the first parameter is touched, an iterator, which may be too large to hold, until the first
+problem. The first load must fill every slot. Later ones (weight updates) may bring any part, unless
+they run under `complete()`. No SGLang: parameters are reached through their `weight_loader`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from sglang_minimax.config import Architecture
 from sglang_minimax.errors import LoadError
-from sglang_minimax.loading.arrival import Arrival, ExpertShare
-from sglang_minimax.loading.ledger import Ledger, NamedTensors
+from sglang_minimax.loading.binding import Binding
+from sglang_minimax.loading.headers import Headers, read_headers, without_collector
+from sglang_minimax.loading.ledger import Ledger, Placement
+from sglang_minimax.loading.places import Places
+from sglang_minimax.loading.plan import Plan, make_plan
+from sglang_minimax.loading.planned import CheckpointFiles, PlannedWeights
 from sglang_minimax.loading.problems import Problems
-from sglang_minimax.loading.slots import Shape, SlotTable, Stage
+from sglang_minimax.loading.shares import share_of
+from sglang_minimax.loading.slots import SlotTable, Stage
+from sglang_minimax.loading.values import SharedValues, header_type, invalid_values
 
 logger = logging.getLogger(__name__)
+
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
 class StrictLoader:
@@ -38,28 +48,14 @@ class StrictLoader:
     no longer those of a checkpoint.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        arch: Architecture,
-        stage: Stage,
-        *,
-        weight_block: Shape | None = None,
-        experts: ExpertShare | None = None,
-    ) -> None:
-        """Take note of the model's parameters as it was built; post-processing may replace them.
-
-        weight_block: (rows, columns) that share a scale, where the configuration does not say.
-        experts: what this rank must hold of them; None leaves that unchecked.
-        """
-        self._model = model
+    def __init__(self, model: torch.nn.Module, arch: Architecture, stage: Stage) -> None:
+        """Take note of the model's parameters as it was built; post-processing may replace them."""
+        self._modules = dict(model.named_modules())
         self._arch = arch
         self._stage = stage
-        parameters = dict(model.named_parameters())
-        self._slots = SlotTable(arch, stage, parameters, weight_block or arch.weight_block).build()
-        self._types = {name: parameter.dtype for name, parameter in parameters.items()}
-        self._arrival = Arrival(self._slots)
-        self._experts = experts
+        table = SlotTable(arch, stage)
+        slots = table.build()
+        self._binding = Binding(slots, dict(model.named_parameters()), table.made)
         self._first = True
         self._always_complete = False
         self._failure: LoadError | None = None
@@ -83,19 +79,48 @@ class StrictLoader:
         finally:
             self._always_complete, self._failure = before, None
 
+    def plan(self, headers: Headers) -> Plan:
+        """What this rank reads of files, with everything that speaks against it."""
+        plan = make_plan(
+            headers, self._arch, self._stage, self._binding.slots, self._binding.unused
+        )
+        self._binding.check_parameters(plan.problems, self._stage)
+        sound: set[tuple[str, str]] = set()
+        for read in plan.reads:
+            what = read.placement.slot.parameter, read.tensor.kind
+            if what not in sound and self._check_type(
+                plan.problems, read.name, read.tensor.kind, read.placement
+            ):
+                sound.add(what)
+        return plan
+
     def problems_of(self, weights: NamedTensors, *, complete: bool = False) -> Problems:
         """What a load of `weights` would refuse; nothing is written. Raises LoadError.
 
         complete: whether they must fill every slot. Tensors on the meta device are judged by name,
         shape and type. The error is for a source that cannot be read.
         """
-        ledger = self._ledger()
-        for pair in _readable(weights):
-            for _ in ledger.check(*pair):
-                pass
+        ledger, shared = self._ledger(), SharedValues()
+        for name, tensor in _readable(weights):
+            if isinstance(tensor, CheckpointFiles):
+                return self._problems_of_files(tensor)
+            self._placed(ledger, shared, name, tensor)
         if complete:
             ledger.check_complete()
         return ledger.problems
+
+    def _problems_of_files(self, files: CheckpointFiles) -> Problems:
+        """From the headers; scales, which are small and whose values are judged, are read."""
+        plan = self.plan(read_headers(files.files))
+        judged = replace(plan, reads=[r for r in plan.reads if r.placement.slot.stored.judged])
+        shared = SharedValues()
+        if not plan.problems:
+            for read, held in PlannedWeights(judged, files.options).pieces():
+                slot = read.placement.slot
+                invalid = invalid_values(slot.stored, held, slot.matrix)
+                if invalid := invalid or shared.conflict(read.name, read.placement, held):
+                    plan.problems.add("invalid", f"{read.name} {invalid}")
+        return plan.problems
 
     def load(self, weights: NamedTensors) -> set[str]:
         """Check and load; return the names of the parameters written. Raises LoadError."""
@@ -109,40 +134,117 @@ class StrictLoader:
             raise
 
     def _load(self, weights: NamedTensors) -> set[str]:
-        ledger = self._ledger()
-        demand_complete = self._first or self._always_complete
+        ledger, demand_complete = self._ledger(), self._first or self._always_complete
+        shared, places = SharedValues(), Places(self._stage)
+        written: set[str] = set()
+        from_files = False
         if demand_complete:
-            ledger.check_parameters()
-        if self._first:
-            self._expect_experts(ledger)
-        checked = (item for pair in _readable(weights) for item in ledger.check(*pair))
-        for item in list(checked) if isinstance(weights, Sequence) else checked:
-            # After the first problem the rest is read for the report only.
-            if not ledger.problems:
-                ledger.write(*item)
-        if demand_complete:
+            self._binding.check_parameters(ledger.problems, self._stage)
+        for name, tensor in self._judged(ledger, weights):
+            if isinstance(tensor, CheckpointFiles):
+                written |= self._load_files(tensor)
+                from_files = True
+                continue
+            for placement in self._placed(ledger, shared, name, tensor):
+                # After the first problem the rest is read for the report only.
+                if not ledger.problems:
+                    held = tensor[tuple(slice(part.start, part.stop) for part in placement.box)]
+                    written.add(self._write(places, placement, held, name))
+        if demand_complete and not from_files:
             ledger.check_complete()
-        if self._first and not ledger.problems:
-            for line in self._arrival.untouched(ledger.parameters):
-                ledger.problems.add("missing", line)
         if ledger.problems:
             raise ledger.problems.error()
-        if demand_complete:
+        if demand_complete and not from_files:
             logger.info("Weights: %s", ledger.summary())
         self._first = False
-        self.partial = not demand_complete
-        return ledger.written
+        self.partial = not (demand_complete or from_files)
+        return written
+
+    def _load_files(self, files: CheckpointFiles) -> set[str]:
+        """All of a checkpoint, which is judged before its first byte is read."""
+        with without_collector():
+            plan = self.plan(read_headers(files.files))
+        if problems := files.options.agree(plan.problems):
+            error = problems.error()
+            error.is_of_all_ranks = True
+            raise error
+        weights = PlannedWeights(plan, files.options)
+        places = Places(self._stage)
+        written = {self._write(places, read.placement, held, read.name) for read, held in weights}
+        logger.info("Weights: %s; %s", plan.ledger.summary(), weights.costs())
+        return written
+
+    def _judged(self, ledger: Ledger, weights: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+        """The pairs; those of a sequence are all judged before the first one comes out."""
+        if isinstance(weights, Sequence):
+            complete = self._first or self._always_complete
+            if problems := self.problems_of(weights, complete=complete):
+                raise problems.error()
+        yield from _readable(weights)
 
     def _ledger(self) -> Ledger:
-        return Ledger(self._model, self._arch, self._stage, self._slots, self._types)
+        return Ledger(self._arch, self._stage, self._binding.slots, self._binding.unused)
 
-    def _expect_experts(self, ledger: Ledger) -> None:
-        """Before the first load, when the parameters hold nothing yet."""
-        if self._experts:
-            hidden = self._arch.hidden_size
-            for line in self._arrival.lacking(ledger.parameters, self._experts, hidden):
-                ledger.problems.add("misshapen", line)
-        self._arrival.mark(ledger.parameters)
+    def _placed(
+        self, ledger: Ledger, shared: SharedValues, name: str, tensor: torch.Tensor
+    ) -> list[Placement]:
+        """Where a tensor in memory goes; [] where nowhere, or where it is refused."""
+        kind = header_type(tensor)
+        placements = ledger.place(name, kind, tuple(tensor.shape))
+        for placement in placements:
+            if not self._check_type(ledger.problems, name, kind, placement):
+                return []
+        for placement in placements:
+            slot = placement.slot
+            box = tensor[tuple(slice(part.start, part.stop) for part in placement.box)]
+            invalid = invalid_values(slot.stored, box, slot.matrix)
+            if invalid := invalid or shared.conflict(name, placement, box):
+                ledger.problems.add("invalid", f"{name} {invalid}")
+                return []
+        return placements
+
+    def _check_type(self, problems: Problems, name: str, kind: str, placement: Placement) -> bool:
+        slot = placement.slot
+        parameter = self._parameter(slot.parameter)
+        if parameter is None:
+            problems.add("unexpected", f"{name} (the model has no parameter {slot.parameter})")
+            return False
+        reason = self._binding.obstacle(slot, parameter, kind)
+        if reason:
+            problems.add("invalid", f"{name} {reason}")
+        return not reason
+
+    def _parameter(self, name: str) -> torch.nn.Parameter | None:
+        """A parameter as it is now: post-processing replaces them, in the same module."""
+        path, _, attribute = name.rpartition(".")
+        module = self._modules.get(path)
+        return None if module is None else module._parameters.get(attribute)
+
+    def _write(self, places: Places, placement: Placement, held: torch.Tensor, label: str) -> str:
+        """Let the parameter's loader take this rank's share; return the parameter's name."""
+        slot = placement.slot
+        parameter = self._parameter(slot.parameter)
+        if parameter is None:
+            raise LoadError(f"{label}: the model has no parameter {slot.parameter} any more.")
+        if places.put(parameter, placement, held):
+            return slot.parameter
+        loader: Any = getattr(parameter, "weight_loader", None)
+        if loader is None:
+            # A scalar is written as [] or as [1]; both have passed the comparison of shapes.
+            share = share_of(placement, held, label)
+            parameter.data.copy_(share.held.reshape(parameter.shape))
+            return slot.parameter
+        if slot.experts:
+            share = places.load(parameter, loader, placement, held, label)
+        else:
+            share = share_of(placement, held, label)
+            loader(parameter, share, *([slot.shard] if slot.shard else []))
+        if share.taken < placement.copies:
+            raise LoadError(
+                f"{share.label}: SGLang's loader took {share.taken} of {placement.copies} copies "
+                "that this rank holds; report this to sglang-minimax."
+            )
+        return slot.parameter
 
 
 def _readable(weights: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:

@@ -34,29 +34,19 @@ from torch import nn
 
 from sglang_minimax.config import Architecture
 from sglang_minimax.errors import TopologyError
-from sglang_minimax.layers.attention import MiniMaxM2Attention, attention_shard
+from sglang_minimax.layers.attention import MiniMaxM2Attention
 from sglang_minimax.layers.cut import check_layers, check_vocabulary
 from sglang_minimax.layers.moe import MiniMaxM2MoE
-from sglang_minimax.loading.arrival import ExpertShare
+from sglang_minimax.layers.stage import architecture_here, stage_of
+from sglang_minimax.loading.headers import Headers
+from sglang_minimax.loading.plan import Plan
 from sglang_minimax.loading.problems import Problems
-from sglang_minimax.loading.slots import Stage
 from sglang_minimax.loading.strict import StrictLoader
-from sglang_minimax.topology import expert_range, expert_rows
 
 
 def stage_facts(layer_id: int) -> tuple[Any, Any]:
     """What SGLang's layer boundary needs to know of layer `layer_id` without building it."""
     return declare_attn(), declare_ffn(sparse=True, next_layer_sparse=True)
-
-
-def expert_share(arch: Architecture) -> ExpertShare:
-    """What this rank holds of each layer's experts, redundant copies included."""
-    parallel = get_parallel()
-    copies = arch.num_experts + get_exec().moe.ep_num_redundant_experts
-    return ExpertShare(
-        experts=len(expert_range(copies, parallel.moe_ep_size, parallel.moe_ep_rank)),
-        rows=len(expert_rows(arch.expert_width, parallel.moe_tp_size, parallel.moe_tp_rank)),
-    )
 
 
 class MiniMaxM2DecoderLayer(nn.Module):
@@ -215,7 +205,7 @@ class MiniMaxM2ForCausalLM(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.arch = Architecture.from_config(config)
+        self.arch = architecture_here(config)
         self.quant_config = quant_config
         self.pp_group = get_parallel().pp_group
         self.model = MiniMaxM2Model(self.arch, quant_config, add_prefix("model", prefix))
@@ -251,19 +241,7 @@ class MiniMaxM2ForCausalLM(nn.Module):
         check_layers(self.arch, layers)
         check_vocabulary(self.arch, "embedding", self.model.embed_tokens)
         check_vocabulary(self.arch, "head", self.lm_head)
-        stage = Stage(
-            attention=attention_shard(self.arch),
-            layers=layers,
-            embed=self.pp_group.is_first_rank,
-            head=self.pp_group.is_last_rank,
-        )
-        return StrictLoader(
-            self,
-            self.arch,
-            stage,
-            weight_block=getattr(self.quant_config, "weight_block_size", None),
-            experts=expert_share(self.arch),
-        )
+        return StrictLoader(self, self.arch, stage_of(self.arch, layers))
 
     @torch.no_grad()
     def forward(
@@ -370,7 +348,8 @@ class MiniMaxM2ForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load (name, tensor) pairs; the first call must fill the model, later ones may be partial.
 
-        Returns the names of the parameters written. Raises LoadError, which lists what is wrong.
+        weights: whole tensors, or `PlannedWeights` from files. Returns the names of the parameters
+        written. Raises LoadError, which lists what is wrong.
         """
         return self._loader.load(weights)
 
@@ -382,6 +361,10 @@ class MiniMaxM2ForCausalLM(nn.Module):
         complete: whether they must fill the whole model. Raises LoadError for an unreadable source.
         """
         return self._loader.problems_of(weights, complete=complete)
+
+    def loading_plan(self, headers: Headers) -> Plan:
+        """What this rank reads of the announced tensors, and everything that speaks against it."""
+        return self._loader.plan(headers)
 
     @property
     def partly_replaced(self) -> bool:

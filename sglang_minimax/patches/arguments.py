@@ -10,10 +10,10 @@ from typing import Any
 from sglang_minimax import ARCHITECTURE, plugin
 from sglang_minimax.config import Architecture
 from sglang_minimax.errors import MinimaxError
-from sglang_minimax.loading.files import check_checkpoint
+from sglang_minimax.loading.files import check_checkpoint, folder_of
 from sglang_minimax.platforms import choice
 from sglang_minimax.platforms.cpu import support as cpu_support
-from sglang_minimax.support import Launch, refusals
+from sglang_minimax.support import Launch, notes, refusals
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,8 @@ def check_launch(server_args: Any, previous: Step) -> None:
     """Refuse what this model cannot do at the asked topology."""
     if asked_for_ours(server_args):
         refuse_unsupported(server_args)
+        for note in notes(_architecture_of(server_args), launch_of(server_args)):
+            logger.warning("sglang-minimax: %s", note)
     previous(server_args)
 
 
@@ -113,6 +115,7 @@ def launch_of(server_args: Any) -> Launch:
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
 
     cfg = resolving_view(server_args)
+    hardware, capability = _hardware()
     return Launch(
         tp=cfg.tp_size,
         dp=cfg.attn_dp_size,
@@ -130,13 +133,31 @@ def launch_of(server_args: Any) -> Launch:
         enable_return_hidden_states=cfg.enable_return_hidden_states,
         enable_eplb=cfg.enable_eplb,
         init_expert_location=cfg.init_expert_location,
+        hardware=hardware,
+        capability=capability,
     )
+
+
+def _hardware() -> tuple[str | None, int | None]:
+    """What the ranks would run on, and its compute capability times ten where it is CUDA's."""
+    import torch
+
+    if choice.cpu_platform_chosen():
+        return None, None
+    if torch.version.hip is not None:
+        return "rocm", None
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return "cuda", 10 * major + minor
+    return ("ascend", None) if hasattr(torch, "npu") else (None, None)
 
 
 def _architecture_of(server_args: Any) -> Architecture:
     from sglang.srt.arg_groups.model_override_base import model_config_of
 
+    config = model_config_of(server_args)
     try:
-        return Architecture.from_config(model_config_of(server_args).hf_config)
+        folder = folder_of(config.model_path, config.revision)
+        return Architecture.from_config(config.hf_config, folder)
     except MinimaxError as error:
         raise SystemExit(f"sglang-minimax: {error}") from error

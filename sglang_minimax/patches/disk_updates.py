@@ -17,12 +17,13 @@ from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
 
 from sglang_minimax.errors import LoadError, MinimaxError
-from sglang_minimax.loading.files import check_checkpoint
-from sglang_minimax.loading.headers import (
-    announced_tensors,
+from sglang_minimax.loading.files import (
     architecture_of,
+    check_checkpoint,
     check_same_architecture,
+    weight_files,
 )
+from sglang_minimax.loading.planned import CheckpointFiles
 from sglang_minimax.loading.problems import Problems
 from sglang_minimax.patches.agreement import together
 
@@ -56,9 +57,7 @@ def problems_of(updater: Any, path: str, load_format: str) -> Problems:
     if not source.use_safetensors:
         raise LoadError(f"{path} has no safetensors; convert the checkpoint.")
     check_same_architecture(resolved, architecture_of(before) or model.arch)
-    return model.weight_problems(
-        announced_tensors(Path(file) for file in source.weight_files), complete=True
-    )
+    return model.weight_problems(CheckpointFiles(tuple(weight_files(resolved))), complete=True)
 
 
 def load_or_go_back(

@@ -28,7 +28,8 @@ def one_sentence(original: Callable[..., None]) -> Callable[..., None]:
         try:
             original(self, *args, **kwargs)
         except MinimaxError as error:
-            logger.error("%s", error)
+            if not error.is_told_elsewhere:
+                logger.error("%s", error)
             if under_controller():
                 raise
             raise SystemExit(LAUNCH_REFUSED) from error

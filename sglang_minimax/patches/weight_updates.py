@@ -24,7 +24,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_minimax.errors import LoadError
-from sglang_minimax.loading.ledger import direct_problems
+from sglang_minimax.loading.direct import direct_problems
 from sglang_minimax.loading.problems import Problems
 from sglang_minimax.patches import disk_updates
 from sglang_minimax.patches.agreement import reason_not_to_meet, together

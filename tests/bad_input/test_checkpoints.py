@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 EXPERT = "model.layers.3.block_sparse_moe.experts.5.w2.weight"
+ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
 EMBEDDING = "model.embed_tokens.weight"
 SCALE = "model.layers.2.self_attn.o_proj.weight_scale_inv"
 FP8 = {
@@ -97,7 +98,7 @@ MISFITS = {
     ),
     "integers": (
         resized(Q_PROJ, lambda tensor: tensor.to(torch.int8)),
-        f"invalid: {Q_PROJ} is torch.int8",
+        f"invalid: {Q_PROJ} is I8",
     ),
 }
 
@@ -125,29 +126,13 @@ def test_every_rank_ends(parallelism: str, derive: Any, launch: Any) -> None:
 
 
 def quantise(tensors: Tensors) -> None:
-    """Block FP8 as published, with scales of one; only its error paths are used here."""
+    """Block FP8 as published, with scales of one."""
     for name in [n for n in tensors if n.endswith((*IN_FP8, *EXPERTS_IN_FP8))]:
         rows, columns = tensors[name].shape
         tensors[name] = tensors[name].to(torch.float8_e4m3fn)
         tensors[f"{name}_scale_inv"] = torch.ones(-(-rows // 128), -(-columns // 128))
 
 
-@pytest.fixture
-def fp8_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU platform has no FP8 kernels; loading comes before they would be needed."""
-    from sglang_minimax.platforms.cpu import support
-
-    # The launcher forks this process, so the child sees it.
-    monkeypatch.setattr(support, "refusals", lambda launch: iter(()))
-
-
-def test_fp8_is_refused_where_nothing_computes_it(derive: Any, launch: Any) -> None:
-    ended = launch(derive(quantise, config={"quantization_config": FP8}))
-    ended.assert_refused("sglang-minimax: fp8", "BF16")
-    assert "weights" not in ended.output
-
-
-@pytest.mark.usefixtures("fp8_is_let_through")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0], ids=str)
 def test_one_wrong_scale_is_named(value: float, derive: Any, launch: Any) -> None:
     def change(tensors: Tensors) -> None:
@@ -155,10 +140,9 @@ def test_one_wrong_scale_is_named(value: float, derive: Any, launch: Any) -> Non
         tensors[SCALE][0, 2] = value
 
     ended = launch(derive(change, config={"quantization_config": FP8}))
-    ended.assert_refused("(1 invalid)", f"invalid: {SCALE}", "finite numbers above 0")
+    ended.assert_refused(f"{SCALE} has scales from", "finite numbers above 0")
 
 
-@pytest.mark.usefixtures("fp8_is_let_through")
 def test_a_missing_scale_is_named(derive: Any, launch: Any) -> None:
     def change(tensors: Tensors) -> None:
         quantise(tensors)
@@ -170,7 +154,43 @@ def test_a_missing_scale_is_named(derive: Any, launch: Any) -> None:
 
 def test_fp8_weights_without_their_config_are_refused(derive: Any, launch: Any) -> None:
     """FP8 values read as if they had no scale would be a model, a wrong one."""
-    launch(derive(quantise)).assert_refused("unexpected: ", ".weight_scale_inv")
+    launch(derive(quantise)).assert_refused("contradictory", "is F8_E4M3, expected BF16")
+
+
+def test_fp8_in_the_config_of_a_plain_checkpoint_is_named(derive: Any, launch: Any) -> None:
+    ended = launch(derive(config={"quantization_config": FP8}))
+    ended.assert_refused("contradictory", "is BF16, expected F8_E4M3", "FP8 in 128x128 blocks")
+
+
+@pytest.mark.parametrize("module", ["gate", "lm_head"])
+def test_what_must_stay_in_full_precision_is_named(module: str, derive: Any, launch: Any) -> None:
+    name = "lm_head.weight" if module == "lm_head" else ROUTER
+
+    def change(tensors: Tensors) -> None:
+        quantise(tensors)
+        rows, columns = tensors[name].shape
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.ones(-(-rows // 128), -(-columns // 128))
+
+    ended = launch(derive(change, config={"quantization_config": FP8}))
+    ended.assert_refused(f"quantised: {name}_scale_inv", "kept in full precision")
+
+
+def test_an_unknown_format_is_refused_before_anything_is_read(derive: Any, launch: Any) -> None:
+    ended = launch(derive(config={"quantization_config": {"quant_method": "bitsandbytes"}}))
+    ended.assert_refused("bitsandbytes", trace=True)
+
+
+# --- one error for all ranks ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [("--tp-size", "2"), ("--tp-size", "2", "--ep-size", "2")])
+def test_several_ranks_say_it_once(ranks: tuple[str, ...], derive: Any, launch: Any) -> None:
+    """An expert that one rank holds is missed by all: each judges the whole checkpoint."""
+    ended = launch(derive(removed(EXPERT)), *ranks)
+    ended.assert_refused(f"missing: {EXPERT}")
+    assert ended.output.count(EXPERT) == 1, ended.output
+    assert "rank 1: " not in ended.output
 
 
 # --- files ---------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -132,20 +134,21 @@ async def _update(manager: Any, path: str, paused: bool) -> tuple[bool, str]:
 
 
 def break_reading_where_asked() -> None:
-    """A checkpoint with a file `breaks_on_rank_N` fails on that rank, once, in the middle."""
-    from sglang.srt.model_loader.loader import DefaultModelLoader
+    """A checkpoint with a file `breaks_on_rank_N` fails on that rank, once, in its second shard.
 
-    original = DefaultModelLoader._get_weights_iterator
+    The disk's error comes from the read itself, when the first shard has been written.
+    """
+    original = os.preadv
 
-    def breaking(self: Any, source: Any, **rest: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        flag = Path(source.model_or_path) / f"breaks_on_rank_{torch.distributed.get_rank()}"
-        for i, pair in enumerate(original(self, source, **rest)):
-            if i == 40 and flag.exists():
-                flag.unlink()
-                raise OSError("Input/output error")
-            yield pair
+    def breaking(descriptor: int, *rest: Any) -> int:
+        file = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        flag = file.parent / f"breaks_on_rank_{torch.distributed.get_rank()}"
+        if flag.exists() and file.name.startswith("model-00002"):
+            flag.unlink()
+            raise OSError(errno.EIO, "Input/output error")
+        return original(descriptor, *rest)
 
-    DefaultModelLoader._get_weights_iterator = breaking
+    os.preadv = breaking
 
 
 class Updated:

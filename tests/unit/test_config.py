@@ -12,6 +12,9 @@ from transformers import AutoConfig, MiniMaxM2Config
 
 from sglang_minimax.config import Architecture
 from sglang_minimax.errors import ConfigError
+from sglang_minimax.loading.formats import recipe_of
+from sglang_minimax.loading.formats.base import UNQUANTISED
+from sglang_minimax.loading.formats.fp8 import blocks
 
 PUBLISHED: dict[str, Any] = {
     "architectures": ["MiniMaxM2ForCausalLM"],
@@ -59,7 +62,7 @@ EXPECTED = Architecture(
     expert_width=1536,
     num_mtp_modules=3,
     tie_word_embeddings=False,
-    weight_block=(128, 128),
+    recipe=recipe_of(PUBLISHED["quantization_config"]),
 )
 
 FLAT_EXTRAS = (
@@ -90,6 +93,38 @@ def test_published_form():
     assert Architecture.from_config(PUBLISHED) == EXPECTED
 
 
+def test_the_published_recipe_is_fp8_in_blocks():
+    recipe = EXPECTED.recipe
+    assert (recipe.method, recipe.quantised) == ("fp8", blocks(128, 128))
+    assert EXPECTED.expert_unit == 128
+
+
+def test_the_unit_of_an_expert_covers_the_blocks_of_w1_and_of_w2():
+    def unit(**quantisation: Any) -> int:
+        config = {"quant_method": "fp8", **quantisation}
+        return Architecture.from_config(published(quantization_config=config)).expert_unit
+
+    assert unit(weight_block_size=[128, 64]) == 128
+    assert unit(weight_block_size=[96, 64]) == 192
+    experts = "model.layers.0.block_sparse_moe.experts"
+    assert unit(weight_block_size=[128, 128], modules_to_not_convert=[experts]) == 1
+    assert Architecture.from_config(without("quantization_config")).expert_unit == 1
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_quantisation_is_found_under_both_keys(key):
+    config = without("quantization_config") | {key: PUBLISHED["quantization_config"]}
+    assert Architecture.from_config(config) == EXPECTED
+    held = SimpleNamespace(to_dict=lambda: PUBLISHED["quantization_config"])
+    assert Architecture.from_config(config | {key: held}) == EXPECTED
+
+
+def test_a_quantisation_of_none_is_none():
+    for nothing in (None, {}):
+        arch = Architecture.from_config(published(quantization_config=nothing))
+        assert arch.recipe == UNQUANTISED
+
+
 def test_an_object_reads_like_a_mapping():
     assert Architecture.from_config(SimpleNamespace(**PUBLISHED)) == EXPECTED
 
@@ -110,7 +145,7 @@ def test_native_form_has_none_of_the_flat_keys_and_means_the_same():
     assert not any(hasattr(native, key) for key in FLAT_EXTRAS)
     arch = Architecture.from_config(native)
     assert (arch.rotary_dim, arch.rope_theta, arch.rope_scaling) == (64, 5e6, None)
-    assert (arch.num_experts, arch.top_k, arch.weight_block) == (256, 8, None)
+    assert (arch.num_experts, arch.top_k, arch.recipe) == (256, 8, UNQUANTISED)
 
 
 def test_a_silent_configuration_rotates_half_a_head_never_all_of_it():
@@ -193,8 +228,21 @@ REFUSED = {
     "infinite theta": ({"rope_theta": float("inf")}, "rope_theta"),
     "eps as text": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
     "tied as text": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
-    "one-sided block": ({"quantization_config": {"weight_block_size": [128]}}, "128"),
-    "empty block": ({"quantization_config": {"weight_block_size": [0, 128]}}, "at least 1"),
+    "one-sided block": (
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+        "[128], but it must name two numbers",
+    ),
+    "empty block": (
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}},
+        "at least 1",
+    ),
+    "boolean block": (
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [True, 128]}},
+        "at least 1",
+    ),
+    "no method": ({"quantization_config": {"weight_block_size": [128, 128]}}, "None"),
+    "unknown method": ({"quantization_config": {"quant_method": "spam"}}, "'spam'"),
+    "quantisation as text": ({"quantization_config": "fp8"}, "must be an object"),
 }
 
 

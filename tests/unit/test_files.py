@@ -24,6 +24,18 @@ def entry(start: object, end: object) -> bytes:
     return json.dumps({"a": {"dtype": "U8", "shape": [4], "data_offsets": [start, end]}}).encode()
 
 
+def two(first: list[int], second: list[int]) -> bytes:
+    spans = {"a": first, "b": second}
+    return json.dumps(
+        {n: {"dtype": "U8", "shape": [4], "data_offsets": span} for n, span in spans.items()}
+    ).encode()
+
+
+def test_tensors_may_lie_in_any_order(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_bytes(with_header(two([4, 8], [0, 4]), b"12345678"))
+    check_checkpoint(tmp_path)
+
+
 def test_a_sound_folder_passes(tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(SOUND)
     check_checkpoint(tmp_path)
@@ -46,6 +58,10 @@ BROKEN = {
     "text_offsets": (with_header(entry("0", "4"), b"1234"), "header"),
     "negative": (with_header(entry(-4, 4), b"1234"), "offsets"),
     "backwards": (with_header(entry(4, 0), b"1234"), "offsets"),
+    "short_of_its_shape": (with_header(entry(0, 3), b"123"), "offsets"),
+    "gap": (with_header(two([0, 4], [5, 9]), b"123456789"), "offsets"),
+    "gap_at_the_start": (with_header(two([1, 5], [5, 9]), b"123456789"), "offsets"),
+    "overlap": (with_header(two([0, 4], [2, 6]), b"123456"), "offsets"),
     "deep": (with_header(b"[" * 100_000), "header"),
 }
 

@@ -13,34 +13,65 @@ from safetensors.torch import save_file
 from sglang_minimax import TINY_M2
 from sglang_minimax.config import Architecture
 from sglang_minimax.errors import ConfigError, LoadError
-from sglang_minimax.loading.headers import (
-    announced_tensors,
-    architecture_of,
-    check_same_architecture,
-)
+from sglang_minimax.loading.files import architecture_of, check_same_architecture
+from sglang_minimax.loading.headers import ITEM_BYTES, read_header, read_headers
+from sglang_minimax.loading.values import TYPES
+
+TENSORS = {
+    "a.weight": torch.ones(3, 4, dtype=torch.bfloat16),
+    "b.weight": torch.ones(2, 2).to(torch.float8_e4m3fn),
+    "b.weight_scale_inv": torch.tensor([0.5]),
+    "c": torch.arange(6, dtype=torch.int8).reshape(2, 3),
+    "scalar": torch.tensor(2.5),
+    "empty": torch.ones(0, 4),
+}
+KINDS = {"a.weight": "BF16", "b.weight": "F8_E4M3", "b.weight_scale_inv": "F32", "c": "I8"}
 
 
-def test_weights_are_announced_and_scales_are_read(tmp_path: Path) -> None:
-    tensors = {
-        "a.weight": torch.ones(3, 4, dtype=torch.bfloat16),
-        "b.weight": torch.ones(2, 2).to(torch.float8_e4m3fn),
-        "b.weight_scale_inv": torch.tensor([0.5]),
-        "c": torch.ones(2, dtype=torch.int8),
-    }
-    save_file(tensors, tmp_path / "x.safetensors")
-    found = dict(announced_tensors([tmp_path / "x.safetensors"]))
-    assert found.keys() == tensors.keys()
+def test_what_is_announced_is_what_was_written(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file(TENSORS, file, metadata={"format": "pt"})
+    found = read_headers([file]).tensors
+    content = file.read_bytes()
+    assert found.keys() == TENSORS.keys()
     for name, tensor in found.items():
-        assert (tensor.shape, tensor.dtype) == (tensors[name].shape, tensors[name].dtype)
-        assert tensor.is_meta == (name != "b.weight_scale_inv")
-    assert found["b.weight_scale_inv"].item() == 0.5
+        assert tensor.file == file
+        assert tensor.shape == tuple(TENSORS[name].shape)
+        assert tensor.kind == KINDS.get(name, "F32")
+        data = TENSORS[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert tensor.nbytes == len(data)
+        assert content[tensor.offset : tensor.offset + tensor.nbytes] == data
 
 
-def test_a_name_in_two_files_comes_twice(tmp_path: Path) -> None:
+def test_every_type_of_safetensors_has_its_bytes(tmp_path: Path) -> None:
+    for kind, dtype in TYPES.items():
+        save_file({"a": torch.zeros(3, dtype=dtype)}, tmp_path / "x.safetensors")
+        (tensor,) = read_header(tmp_path / "x.safetensors").values()
+        assert (tensor.kind, tensor.nbytes) == (kind, 3 * dtype.itemsize)
+    assert TYPES.keys() == ITEM_BYTES.keys()
+
+
+def test_a_name_in_two_files_is_told_with_both(tmp_path: Path) -> None:
     files = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
     for file in files:
-        save_file({"a": torch.ones(1)}, file)
-    assert [name for name, _ in announced_tensors(files)] == ["a", "a"]
+        save_file({"a": torch.ones(1), file.stem: torch.ones(2)}, file)
+    headers = read_headers(files)
+    assert headers.repeated == [("a", *files)]
+    assert headers.tensors["a"].file == files[0]
+    assert headers.tensors.keys() == {"a", "1", "2"}
+
+
+def test_a_type_that_no_checkpoint_has_is_named(tmp_path: Path) -> None:
+    text = b'{"a": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}'
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(LoadError, match=r"a in .* is C64"):
+        read_headers([file])
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"none\.safetensors cannot be read \(No such file"):
+        read_headers([tmp_path / "none.safetensors"])
 
 
 @pytest.fixture

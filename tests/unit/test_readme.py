@@ -12,7 +12,7 @@ from benchmarks import readme
 from sglang_minimax import __version__
 from sglang_minimax.config import Architecture
 from sglang_minimax.plugin import SUPPORTED_SGLANG
-from sglang_minimax.support import Launch, refusals
+from sglang_minimax.support import Launch, notes, refusals
 
 TEXT = readme.README.read_text()
 ROOT = readme.README.parent
@@ -36,10 +36,15 @@ def test_the_launch_lines_are_legal_for_the_published_checkpoint(line: str) -> N
     assert refusals(Architecture.from_config(PUBLISHED), launch) == []
 
 
-def test_pure_tp8_would_not_be() -> None:
-    launch = Launch(tp=8, quantization="fp8")
-    (sentence,) = refusals(Architecture.from_config(PUBLISHED), launch)
-    assert "--ep-size 8" in sentence
+@pytest.mark.parametrize("tp", [8, 16])
+def test_without_expert_parallelism_blocks_are_dealt_at_the_price_it_names(tp: int) -> None:
+    arch, launch = Architecture.from_config(PUBLISHED), Launch(tp=tp, quantization="fp8")
+    assert refusals(arch, launch) == []
+    (note,) = notes(arch, launch)
+    assert "+33.3 % expert memory" in note
+    assert f"--ep-size {tp} needs no padding" in note
+    assert notes(arch, Launch(tp=tp, ep=tp, quantization="fp8")) == []
+    assert TEXT.count("+33 %") == 3
 
 
 def test_versions() -> None:

@@ -10,10 +10,15 @@ import pytest
 
 from sglang_minimax.config import Architecture
 from sglang_minimax.legality import OPTIONS, REDUNDANT
+from sglang_minimax.loading.formats.base import Kernel, Names
+from sglang_minimax.loading.formats.fp8 import blocks
 from sglang_minimax.support import Launch, refusals
 
 FP8 = Architecture.from_config(
-    {"head_dim": 128, "quantization_config": {"weight_block_size": [128, 128]}}
+    {
+        "head_dim": 128,
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    }
 )
 BF16 = Architecture.from_config({"head_dim": 128})
 
@@ -51,11 +56,18 @@ def test_bf16_has_no_blocks_to_cut():
     assert refusals(BF16, Launch(tp=16)) == []
 
 
-def test_fp8_at_tp8_names_the_rows_and_the_ways_out():
-    assert only(FP8, tp=8) == (
-        "expert width 1536 over MoE-TP 8 leaves 192 rows a rank, which cuts a 128-row FP8 block; "
-        "use --ep-size 2, or --tp-size 4, or --ep-size 8 for whole experts."
-    )
+@pytest.mark.parametrize("tp", [1, 2, 4, 8, 16, 24, 48])
+def test_blocks_of_an_expert_are_dealt_to_any_number_of_ranks(tp):
+    """Eight ranks would cut 192 of 1536 rows each; 24 have more ranks than the 12 blocks."""
+    assert refusals(FP8, Launch(tp=tp)) == []
+
+
+def test_plain_experts_beside_fp8_attention_have_no_blocks_to_deal():
+    experts = "model.layers.0.block_sparse_moe.experts"
+    plain = replace(FP8.recipe, plain=Names((experts,)))
+    arch = replace(FP8, recipe=plain, expert_width=1000)
+    assert "expert width 1000 is not divisible over 16 ranks" in only(arch, tp=16)
+    assert refusals(replace(arch, recipe=FP8.recipe), Launch(tp=16)) == []
 
 
 def test_illegal_attention_sizes_name_the_nearest_and_the_data_parallel_way():
@@ -92,14 +104,42 @@ def test_expert_width_that_does_not_divide():
     )
 
 
-def test_an_expert_that_is_no_whole_number_of_blocks_needs_another_checkpoint():
-    assert "use a BF16 checkpoint" in only(replace(FP8, expert_width=200), tp=1)
+def test_a_kv_head_smaller_than_a_block_needs_another_checkpoint():
+    """On one rank, too: k lies under q and above v, and a block would cover both."""
+    assert only(replace(FP8, head_dim=32, num_heads=4, num_kv_heads=1)).endswith(
+        "use a BF16 checkpoint."
+    )
 
 
 def test_small_heads_may_cut_a_block():
     small = replace(FP8, head_dim=32, num_heads=16, num_kv_heads=4)
     assert refusals(small, Launch()) == []
-    assert "leaves 64 rows of k_proj and v_proj a rank" in only(small, tp=2)
+    assert only(small, tp=2).startswith(
+        "attention-TP size 2 leaves 64 rows of k_proj a rank, which cuts a block of 128 (FP8 in "
+        "128x128 blocks); use "
+    )
+    attention = Names(tuple(f"self_attn.{part}_proj" for part in "qkvo"))
+    assert refusals(replace(small, recipe=replace(FP8.recipe, plain=attention)), Launch(tp=2)) == []
+
+
+@pytest.mark.parametrize(
+    ("block", "heads", "said"),
+    [
+        ((192, 32), (8, 8), "128 rows of q_proj"),
+        ((128, 32), (16, 4), "64 rows of k_proj"),
+        ((32, 192), (8, 4), "128 columns of o_proj"),
+    ],
+)
+def test_each_projection_of_attention_keeps_its_blocks_whole(block, heads, said):
+    recipe = replace(FP8.recipe, quantised=blocks(*block))
+    arch = replace(FP8, recipe=recipe, head_dim=32, num_heads=heads[0], num_kv_heads=heads[1])
+    assert f"leaves {said} a rank, which cuts a block of {max(block)}" in only(arch, tp=2)
+
+
+def test_columns_on_a_single_rank_may_end_in_a_part_of_a_block():
+    recipe = replace(FP8.recipe, quantised=blocks(32, 192))
+    arch = replace(FP8, recipe=recipe, head_dim=32, num_heads=8, num_kv_heads=4)
+    assert refusals(arch, Launch(tp=1)) == []
 
 
 def test_pipeline():
@@ -116,7 +156,9 @@ def test_overlap_and_formats():
 
 
 def test_several_reasons_are_all_said():
-    assert len(refusals(FP8, Launch(tp=5, pp=99, enable_two_batch_overlap=True))) == 4
+    assert len(refusals(BF16, Launch(tp=5, pp=99, enable_two_batch_overlap=True))) == 4
+    # Blocks of FP8 experts are dealt to five ranks, too.
+    assert len(refusals(FP8, Launch(tp=5, pp=99, enable_two_batch_overlap=True))) == 3
 
 
 @pytest.mark.parametrize("field", ["tp", "dp", "ep", "pp"])
@@ -183,6 +225,46 @@ def test_moe_data_parallel_without_context_parallel() -> None:
 
 
 def test_moe_data_parallel_groups_hold_wider_experts() -> None:
-    """FP8 at TP8 alone leaves 192 rows; with two MoE-DP groups each expert is over 4 ranks."""
-    assert refusals(FP8, Launch(tp=8, attention_cp=2, moe_dp=2)) == []
-    assert refusals(FP8, Launch(tp=8, attention_cp=2)) != []
+    """16 ranks do not divide a width of 1000; with two MoE-DP groups each expert is over 8."""
+    wide = replace(BF16, expert_width=1000)
+    assert refusals(wide, Launch(tp=16, attention_cp=2, moe_dp=2)) == []
+    assert refusals(wide, Launch(tp=16, attention_cp=2)) != []
+
+
+# --- formats ---
+
+KERNEL = Kernel("cuda", "triton", "layers/quantization/fp8.py", since=90, until=109)
+KERNELS = replace(FP8, recipe=replace(FP8.recipe, kernels=(KERNEL,)))
+
+
+@pytest.mark.parametrize("where", [(None, None), ("cuda", None), ("cuda", 90), ("cuda", 109)])
+def test_a_format_runs_where_it_has_a_kernel_and_where_that_is_not_known(where):
+    hardware, capability = where
+    assert refusals(KERNELS, Launch(hardware=hardware, capability=capability)) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        (("cuda", 89), "cuda with compute capability 8.9"),
+        (("cuda", 120), "cuda with compute capability 12.0"),
+        (("rocm", None), "rocm"),
+        (("ascend", None), "ascend"),
+    ],
+)
+def test_a_format_without_a_kernel_is_refused_with_its_name(where, said):
+    sentence = only(KERNELS, hardware=where[0], capability=where[1])
+    assert f"no expert kernel for FP8 in 128x128 blocks on {said}, only on " in sentence
+
+
+def test_plain_weights_need_no_kernel_of_a_format():
+    assert refusals(BF16, Launch(hardware="rocm")) == []
+
+
+def test_experts_that_no_kernel_takes_in_parts_must_be_whole():
+    whole = replace(FP8, recipe=replace(FP8.recipe, cut_experts="the kernel says so"))
+    sentence = only(whole, tp=8, ep=2)
+    assert "cannot be shared by 4 ranks: the kernel says so; use --ep-size 8" in sentence
+    assert refusals(whole, Launch(tp=8, ep=8)) == []
+    assert refusals(whole, Launch(tp=1)) == []
+    assert refusals(whole, Launch(tp=8, ep=4, moe_dp=2, attention_cp=2)) == []

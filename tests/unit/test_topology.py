@@ -18,6 +18,7 @@ from sglang_minimax.topology import (
     attention_tp_refusal,
     ceil_div,
     exact_div,
+    expert_cut,
     expert_range,
     expert_rows,
     layer_range,
@@ -140,6 +141,31 @@ def test_expert_shares():
         expert_range(256, 3, 0)
     with pytest.raises(TopologyError, match="1536 is not divisible by 7"):
         expert_rows(1536, 7, 0)
+
+
+@given(st.integers(1, 3000), st.integers(1, 40), st.integers(2, 130))
+def test_an_expert_in_blocks_is_dealt_whole_and_in_order(width, size, unit):
+    cuts = [expert_cut(width, size, rank, unit) for rank in range(size)]
+    assert [line for cut in cuts for line in cut.lines] == list(range(width))
+    held = [ceil_div(len(cut.lines), unit) for cut in cuts]
+    assert held == sorted(held, reverse=True)
+    assert held[0] - held[-1] <= 1
+    for rank, cut in enumerate(cuts):
+        assert (cut.total, cut.width, cut.over) == (width, cuts[0].width, size * cut.width)
+        assert cut.first == rank * cut.width
+        assert len(cut.lines) <= cut.width
+        assert cut.lines.start % unit == 0 or not cut.lines
+    if size > 1:
+        assert cuts[0].width % unit == 0
+        assert cuts[0].width - len(cuts[0].lines) < unit
+
+
+def test_a_padded_part_of_an_expert_says_so():
+    assert not expert_cut(1536, 4, 3, 128).is_padded
+    assert not expert_cut(1536, 12, 3, 128).is_padded
+    assert expert_cut(1536, 8, 0, 128).is_padded
+    assert expert_cut(1536, 24, 23, 128).lines == range(1536, 1536)
+    assert expert_cut(1536, 24, 23, 128).width == 128
 
 
 @pytest.mark.parametrize("module", [shards, topology], ids=lambda module: module.__name__)

@@ -51,6 +51,16 @@ def test_replicas_and_stages_show() -> None:
     assert "4 nodes of 8" in text
 
 
+def test_dealt_blocks_show() -> None:
+    status, text, _ = run("--tp", "8")
+    assert status == 0
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert any("MoE-TP 8 = TP 8 / EP 1" in line and "256 of 1536 rows" in line for line in lines)
+    rows = [line for line in lines if line[:1].isdigit()]
+    assert "768-1023" in rows[3]  # two blocks
+    assert "1024-1151" in rows[4]  # one
+
+
 def test_no_column_is_cut_on_a_narrow_terminal() -> None:
     _, text, _ = run("--tp", "72", "--dp", "9", "--ep", "72", "--redundant-experts", "32")
     assert "…" not in text
@@ -117,8 +127,7 @@ def test_a_checkpoint_folder() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--tp", "12"), "use --attn-dp-size 3, or --tp-size 4."),
-        (("--tp", "8"), "use --ep-size 2, or --tp-size 4, or --ep-size 8 for whole experts."),
+        (("--tp", "12"), "use --attn-dp-size 3, or --tp-size 8 or 16."),
         (("--tp", "16", "--ep", "16", "--nodes", "3"), "use --nnodes 2 or 4."),
         (("--tp", "0"), "use --tp-size 1 or more."),
         (("--config", "nowhere"), "nowhere cannot be read (No such file or directory); give"),

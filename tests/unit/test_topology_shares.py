@@ -22,6 +22,8 @@ from sglang_minimax import topology as under_test
 from sglang_minimax.config import Architecture
 from sglang_minimax.errors import TopologyError
 from sglang_minimax.legality import OPTIONS, REDUNDANT, Sizes, refusals
+from sglang_minimax.loading.formats.base import UNQUANTISED, Names, Recipe
+from sglang_minimax.loading.formats.fp8 import blocks
 from sglang_minimax.topology import (
     GROUP_KINDS,
     RankShare,
@@ -53,6 +55,12 @@ class Case:
         )
 
 
+def in_blocks(unit: int) -> Recipe:
+    """Experts in blocks whose lines stay together; attention as it is."""
+    plain = UNQUANTISED if unit == 1 else Recipe("", "fp8", blocks(unit, unit))
+    return replace(plain, plain=Names(("self_attn",)))
+
+
 def divisors(total: int) -> list[int]:
     return [n for n in range(1, total + 1) if total % n == 0]
 
@@ -69,6 +77,7 @@ def cases(draw: st.DrawFn) -> Case:
     pp = draw(st.integers(1, min(5, MOST_RANKS // tp)))
     nodes = draw(st.sampled_from([n for n in divisors(tp * pp) if pp % n == 0 or n % pp == 0]))
     experts = draw(st.integers(1, 9))
+    unit = draw(st.sampled_from([1, 1, 3, 4]))
     arch = replace(
         PUBLISHED,
         num_heads=heads,
@@ -78,9 +87,10 @@ def cases(draw: st.DrawFn) -> Case:
         vocab_size=draw(st.integers(1, 3000)),
         num_experts=experts,
         top_k=1,
-        expert_width=tp // ep * draw(st.integers(1, 4)),
+        expert_width=tp // ep * draw(st.integers(1, 4)) if unit == 1 else draw(st.integers(1, 60)),
         hidden_size=8,
         tie_word_embeddings=draw(st.booleans()),
+        recipe=in_blocks(unit),
     )
     redundant = -experts % ep + ep * draw(st.integers(0, 1))
     return Case(arch, Topology(tp, dp, ep, pp, nodes), redundant, draw(st.booleans()))
@@ -142,6 +152,19 @@ def replicas_are_neighbours(case: Case) -> None:
         assert starts == sorted(starts)
 
 
+def blocks_are_whole(case: Case) -> None:
+    """A rank holds whole blocks of an expert, no rank two more than another; plain rows evenly."""
+    unit, width = case.arch.expert_unit, case.arch.expert_width
+    counts = set()
+    for share in case.shares():
+        rows = share.expert_rows
+        assert not rows or (
+            rows.start % unit == 0 and (rows.stop % unit == 0 or rows.stop == width)
+        )
+        counts.add(-(-len(rows) // unit))
+    assert max(counts) - min(counts) <= (0 if unit == 1 else 1)
+
+
 def variances_are_means(case: Case) -> None:
     """What the ranks add up, divided by the divisor, is the mean over all columns."""
     arch, shares = case.arch, case.shares()
@@ -186,7 +209,13 @@ def groups_are_right(case: Case) -> None:
         assert [m.pp_rank for m in mates["pp"]] == list(range(topology.pp))
 
 
-PROPERTIES = (owners_are_right, replicas_are_neighbours, variances_are_means, groups_are_right)
+PROPERTIES = (
+    owners_are_right,
+    replicas_are_neighbours,
+    blocks_are_whole,
+    variances_are_means,
+    groups_are_right,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -242,6 +271,18 @@ def unpadded_rows(vocab_size: int, size: int, rank: int) -> range:
     return range(rank * each, (rank + 1) * each)
 
 
+def blocks_rounded_up(width: int, size: int, rank: int, unit: int = 1) -> range:
+    """As many for each rank as the first one has; the last ranks go without."""
+    each = -(-width // (size * unit)) * unit
+    return range(min(rank * each, width), min((rank + 1) * each, width))
+
+
+def lines_dealt(width: int, size: int, rank: int, unit: int = 1) -> range:
+    each, more = divmod(width, size)
+    start = rank * each + min(rank, more)
+    return range(start, start + each + (rank < more))
+
+
 def first_stages_take_the_rest(
     num_layers: int, pp_size: int, pp_rank: int, partition: object = None
 ) -> range:
@@ -269,6 +310,8 @@ MUTANTS = [
     (shards.AttentionShard, "kv_heads", property(divided_kv)),
     (shards.AttentionShard, "q_divisor", property(local_divisor)),
     (under_test, "vocabulary_rows", unpadded_rows),
+    (under_test, "expert_rows", blocks_rounded_up),
+    (under_test, "expert_rows", lines_dealt),
     (under_test, "layer_range", first_stages_take_the_rest),
     (under_test, "expert_range", experts_dealt_out),
     (Topology, "coordinates", strided_coordinates),
@@ -283,6 +326,7 @@ def test_a_mutant_is_caught(
         Case(replace(PUBLISHED, head_dim=2, vocab_size=999, num_layers=7, expert_width=48), t)
         for t in map(Topology.parse, ("tp=16", "tp=4,dp=2,ep=4,pp=2", "tp=24,ep=4", "tp=8,pp=3"))
     ]
+    shapes += [replace(case, arch=replace(case.arch, recipe=in_blocks(4))) for case in shapes]
     under_test._groups.cache_clear()
     monkeypatch.setattr(owner, name, wrong)
     try:
@@ -311,7 +355,13 @@ sizes_asked = st.builds(
     nodes=st.sampled_from([1, 1, 1, 2, 3, 4]),
     ep_redundant=st.sampled_from([0, 0, 8, 32]),
 )
-FP8 = replace(PUBLISHED, weight_block=(128, 128))
+FP8 = Architecture.from_config(
+    {
+        "head_dim": 128,
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    }
+)
+assert replace(FP8, recipe=PUBLISHED.recipe) == PUBLISHED
 archs = st.sampled_from([PUBLISHED, FP8, replace(PUBLISHED, num_heads=36, num_kv_heads=6)])
 
 
@@ -327,14 +377,16 @@ def test_legal_means_that_every_share_can_be_computed(arch: Architecture, asked:
 
 
 def by_remainders(arch: Architecture, asked: Sizes) -> bool:
-    tp, ep, block = asked.tp, asked.ep, (arch.weight_block or (1, 1))[0]
+    tp, ep, block = asked.tp, asked.ep, 1 if arch.recipe.method is None else 128
     if tp % asked.dp or tp % ep or (arch.num_experts + asked.ep_redundant) % ep:
         return False
     attention, kv = tp // asked.dp, arch.num_kv_heads
     if arch.num_heads % attention or (kv % attention and attention % kv):
         return False
-    rows, rest = divmod(arch.expert_width, tp // ep)
-    if rest or rows % block or arch.num_heads // attention * arch.head_dim % block:
+    # Whole blocks of an expert are dealt to any number of ranks; heads are never cut.
+    if block == 1 and arch.expert_width % (tp // ep):
+        return False
+    if arch.num_heads // attention * arch.head_dim % block:
         return False
     whole_stages = asked.pp % asked.nodes == 0
     whole_nodes = asked.nodes % asked.pp == 0 and tp % (asked.nodes // asked.pp) == 0
@@ -395,8 +447,9 @@ def alternatives(sentence: str) -> list[dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("arch", [PUBLISHED, FP8], ids=["bf16", "fp8"])
-def test_whole_experts_fit_where_they_are_proposed(arch: Architecture) -> None:
+@pytest.mark.parametrize("width", [1536, 1000])
+def test_whole_experts_fit_where_they_are_proposed(width: int) -> None:
+    arch = replace(PUBLISHED, expert_width=width)
     tried = 0
     for tp in range(2, 65):
         for sentence in refusals(arch, Sizes(tp=tp)):
@@ -404,7 +457,7 @@ def test_whole_experts_fit_where_they_are_proposed(arch: Architecture) -> None:
                 assert int(found[1]) == tp
                 assert helps(arch, Sizes(tp=tp), sentence, {"ep": tp})
                 tried += 1
-    assert tried > 2 or arch is PUBLISHED
+    assert tried > 2 or width == 1536
 
 
 def test_where_no_single_size_helps_three_are_named_together() -> None:

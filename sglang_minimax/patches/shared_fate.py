@@ -1,0 +1,79 @@
+"""All ranks load, or none does: what one rank finds while it reads ends the load on all of them.
+
+A rank that fails would leave the others in their next collective. So each says how its load ended
+in the store through which the ranks of torch.distributed have met, looks there while it reads, and
+waits there for the others. The first failure becomes the error of every rank; rank 0 prints it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_minimax.errors import LoadError, MinimaxError
+
+POLL_SECONDS = 0.05
+# A store answers at once; one that does not has lost the process that kept it.
+_loads = itertools.count()
+
+
+class SharedFate:
+    """One load on all ranks of a replica; `stop` and `end` are for one rank."""
+
+    def __init__(self) -> None:
+        """Called on all ranks, in the same order of loads."""
+        group = get_parallel().world_group
+        self._rank, self._size = group.rank_in_group, group.world_size
+        self._key = f"sglang_minimax/load/{next(_loads)}"
+        self._store = _store() if self._size > 1 else None
+
+    def stop(self) -> str | None:
+        """The sentence of a rank that has failed, None while all is well."""
+        store = self._store
+        if store is None or not store.check([f"{self._key}/failure"]):
+            return None
+        return str(store.get(f"{self._key}/failure").decode())
+
+    def fail(self, sentence: str, of_all_ranks: bool = False) -> None:
+        """Tell the others; the first one to do so is heard."""
+        if self._store is not None:
+            alone = self._rank != 0 and not of_all_ranks
+            told = f"rank {self._rank}: {sentence}" if alone else sentence
+            self._store.compare_set(f"{self._key}/failure", "", told)
+
+    def wait(self) -> None:
+        """Return when all ranks have ended well; LoadError as soon as one has not."""
+        if self._store is None:
+            return
+        self._store.add(f"{self._key}/done", 1)
+        while self._store.add(f"{self._key}/done", 0) < self._size:
+            if sentence := self.stop():
+                raise LoadError(sentence)
+            time.sleep(POLL_SECONDS)
+
+
+@contextmanager
+def shared_fate() -> Iterator[SharedFate]:
+    """Around one load: its error on any rank is a LoadError on all, to be printed by rank 0."""
+    fate = SharedFate()
+    try:
+        yield fate
+        fate.wait()
+    except MinimaxError as error:
+        fate.fail(str(error), error.is_of_all_ranks)
+        told = LoadError(fate.stop() or str(error))
+        told.is_told_elsewhere = fate._rank != 0
+        raise told from error
+    except BaseException as error:
+        fate.fail(f"the load ended with {type(error).__name__}: {error}")
+        raise
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
