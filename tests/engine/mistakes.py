@@ -259,8 +259,10 @@ def experts_elsewhere_are_the_last() -> None:
 
     original = experts.local_experts
 
-    def local_experts(x: Any, w13: Any, w2: Any, weights: Any, ids: torch.Tensor) -> torch.Tensor:
-        return original(x, w13, w2, weights, ids.where(ids >= 0, len(w13) - 1))
+    def local_experts(
+        x: Any, w13: Any, w2: Any, weights: Any, ids: torch.Tensor, *rest: Any
+    ) -> torch.Tensor:
+        return original(x, w13, w2, weights, ids.where(ids >= 0, len(w13) - 1), *rest)
 
     experts.local_experts = local_experts
 

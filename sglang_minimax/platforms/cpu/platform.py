@@ -59,6 +59,16 @@ class MinimaxCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
         return torch.profiler.ProfilerActivity.CPU
 
+    def get_quantization_config(self, quantization: str) -> Any:
+        """SGLang's config class with our arithmetic; None for a format that we do not know."""
+        from sglang_minimax.platforms.cpu.support import QUANTIZATIONS
+
+        if quantization not in QUANTIZATIONS:
+            return None
+        from sglang_minimax.platforms.cpu.quantised.intercept import config_class
+
+        return config_class(quantization)
+
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Fill in what the user left open; what they set stays.
 

@@ -1,10 +1,25 @@
-"""What the CPU platform does not run yet: one sentence each, with what works instead."""
+"""What the CPU platform does not run: one sentence each, with what works instead."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from sglang_minimax.support import Launch
+
+#: SGLang's names of the formats that are dequantised here; `quantised` computes with them.
+QUANTIZATIONS = (
+    "fp8",
+    "modelopt_fp8",
+    "modelopt_fp4",
+    "compressed-tensors",
+    "w8a8_int8",
+    "awq",
+    "awq_marlin",
+    "gptq_marlin",
+    "moe_wna16",
+    "quark",
+    "modelslim",
+)
 
 
 def refusals(launch: Launch) -> Iterator[str]:
@@ -19,8 +34,8 @@ def refusals(launch: Launch) -> Iterator[str]:
             f"--speculative-algorithm {launch.speculative_algorithm} is not supported on the CPU "
             "platform yet; start without it."
         )
-    if launch.quantization:
+    if launch.quantization and launch.quantization not in QUANTIZATIONS:
         yield (
-            f"{launch.quantization} checkpoints need a GPU's kernels for now; "
-            "use a BF16 or FP32 checkpoint on the CPU platform."
+            f"quantization {launch.quantization} is not computed on the CPU platform; use a "
+            "checkpoint in a format of docs/cpu-platform.md, or an unquantised one."
         )

@@ -8,6 +8,7 @@ _MODULE = "sglang_minimax.platforms.cpu.patches"
 _COLLECTIVES = "sglang_minimax.platforms.cpu.collectives"
 _DEVICES = "sglang_minimax.platforms.cpu.devices"
 _EXPERTS = "sglang_minimax.platforms.cpu.experts"
+_QUANTISED = "sglang_minimax.platforms.cpu.quantised.walls"
 _WAITING = "sglang_minimax.platforms.cpu.waiting"
 _ASKS_THE_PLATFORM = "when SGLang asks the platform here"
 
@@ -155,6 +156,45 @@ CPU_PATCHES: tuple[Patch, ...] = (
         how="broadcasts it from the CPU",
         upstream=None,
         exit="when SGLang uses the configured device here",
+    ),
+    Patch(
+        target="sglang.srt.layers.quantization.marlin_utils:_check_marlin_supported",
+        replacement=f"{_QUANTISED}:marlin_is_there",
+        scope=Scope.CPU,
+        why="without a GPU, GPTQ is an unknown format, and AWQ one without experts",
+        how="checks types and group sizes as on SM80",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
+    ),
+    Patch(
+        target="sglang.srt.layers.quantization.moe_wna16:MoeWNA16Config.__init__",
+        replacement=f"{_QUANTISED}:awq_is_there",
+        scope=Scope.CPU,
+        why="computes with the capability, which is None, for AWQ experts that Marlin cannot cut",
+        how="does not ask for it",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
+    ),
+    Patch(
+        target="sglang.srt.layers.quantization.modelopt_quant:ModelOptNvFp4FusedMoEMethod.__init__",
+        replacement=f"{_QUANTISED}:any_device",
+        scope=Scope.CPU,
+        why="refuses a device without a kernel for NVFP4",
+        how="sets the attributes that create_weights reads",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
+    ),
+    Patch(
+        target=(
+            "sglang.srt.layers.quantization.modelslim.schemes.modelslim_w8a8_int8_moe:"
+            "NPUW8A8Int8MoEMethod"
+        ),
+        replacement=f"{_QUANTISED}:no_kernel",
+        scope=Scope.CPU,
+        why="looks up operators of torch_npu when the layer is built",
+        how="a class that does nothing; our method never calls it",
+        upstream=None,
+        exit="when SGLang looks them up when they are called",
     ),
 )
 

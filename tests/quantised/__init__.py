@@ -1,0 +1,1 @@
+"""Quantised layers on the CPU platform: dequantisation, rounding of activations, interception."""
