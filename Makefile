@@ -14,7 +14,7 @@ help:
 	@echo "make serve     a MiniMax-M2 server on http://$(HOST):$(PORT) (PORT=... to change)"
 	@echo "make demo      start a server, ask two questions, stop it"
 	@echo "make test      all tests of a CPU-only machine"
-	@echo "make test-all  make test, then the shapes again with the trained tiny-m2"
+	@echo "make test-all  make test, the slow tests, then the shapes again with the trained tiny-m2"
 	@echo "make validate  every topology of ci/topologies.yaml against transformers"
 	@echo "make lint      ruff and mypy"
 
@@ -48,6 +48,7 @@ validate: $(STAMP)
 
 # Sure of its answers and far from random, the trained model weighs errors differently.
 test-all: test
+	$(BIN)/python -m pytest -m slow
 	$(BIN)/sglang-minimax validate --checkpoint $(MODEL)
 
 clean:
