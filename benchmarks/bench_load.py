@@ -145,7 +145,7 @@ def main(
         rows,
         runs=runs,
         checkpoints=checkpoints,
-        kernel=platform.release(),
+        kernel=platform.release().partition("-")[0],
         filesystem=stored_on,
         read_ahead_kib=ahead,
         replaced=REPLACED,

@@ -100,12 +100,12 @@ def _cached_bytes(file: Path) -> int:
 
 
 def filesystem(path: Path) -> str:
-    """Type and source of the filesystem that holds `path`, as in "ext4 on /dev/vda"."""
+    """Type of the filesystem that holds `path`, such as ext4."""
     best, found = "", "unknown"
     for line in Path("/proc/mounts").read_text().splitlines():
-        source, mount, kind = line.split()[:3]
+        _, mount, kind = line.split()[:3]
         if path.resolve().is_relative_to(mount) and len(mount) >= len(best):
-            best, found = mount, f"{kind} on {source}"
+            best, found = mount, kind
     return found
 
 

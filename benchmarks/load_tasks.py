@@ -135,9 +135,25 @@ class Watch:
             "tensors_opened": len({read.name for read in reads}) + self.opened,
             "bytes_asked": sum(read.length for read in reads) + self.handed,
             "bytes_in_boxes": sum(read.boxed_bytes for read in reads),
+            **whole_and_rows(reads),
             "plan_seconds": self.seconds["make_plan"],
             "headers_seconds": self.seconds["read_headers"],
         }
+
+
+def whole_and_rows(reads: list[Any]) -> dict[str, int]:
+    """Bytes asked of the system for reads that lie together, gaps between them included, and held.
+
+    Tensors cut by column are read in whole rows, and not counted here.
+    """
+    from sglang_minimax.loading.reader import Span, plan
+
+    mine = [read for read in reads if read.length == read.boxed_bytes]
+    runs = plan([Span(read.tensor.file, read.offset, read.length) for read in mine], 16 << 20)
+    return {
+        "bytes_asked_whole_and_rows": sum(run.length for run in runs),
+        "bytes_held_whole_and_rows": sum(read.boxed_bytes for read in mine),
+    }
 
 
 def parse_all(folder: Path) -> float:

@@ -95,10 +95,67 @@ def _shown(outcome: str) -> str:
     return outcome if outcome == "starts" else f"refused: `{outcome[:140].replace('|', '/')}`"
 
 
+def load() -> str:
+    """What a rank's load costs: all names with small matrices, and few of full size."""
+    data = _read("load")
+    names, sizes = (_pairs(data["rows"], which) for which in ("names", "bytes"))
+    cpu = [
+        (
+            place,
+            *(f"{row['warm']['cpu_seconds']['median']:.1f} s" for row in both),
+            *(f"{row['names_seconds']['median']:.2f} s" for row in both),
+            *(f"{row['tensors_opened']:,}" for row in both),
+        )
+        for place, both in names.items()
+    ]
+    disk = [
+        (
+            place,
+            *(_cold(row, "seconds", 1, "s") for row in both),
+            *(_cold(row, "storage_bytes", 1e-6, "MB") for row in both),
+            f"{both[1]['bytes_owned'] / 1e6:.0f} MB",
+        )
+        for place, both in sizes.items()
+    ]
+    counts = [data["checkpoints"][which]["tensors"] for which in ("names", "bytes")]
+    head = (
+        "rank 0 of",
+        "CPU, in-tree",
+        "ours",
+        "for names, in-tree",
+        "ours",
+        "opened, in-tree",
+        "ours",
+    )
+    second = ("rank 0 of", "cold, in-tree", "ours", "from disk, in-tree", "ours", "held")
+    return (
+        f"{counts[0]:,} tensors, small:\n\n{_table(head, cpu)}\n\n"
+        f"{counts[1]} tensors of full size:\n\n{_table(second, disk)}"
+        + _source("load", data["provenance"])
+    )
+
+
+def _pairs(rows: list[Result], checkpoint: str) -> dict[str, tuple[Result, Result]]:
+    """topology -> the rows of both loaders, in-tree first."""
+    found = {
+        (row["topology"], row["loader"]): row for row in rows if row["checkpoint"] == checkpoint
+    }
+    places = dict.fromkeys(place for place, _ in found)
+    return {place: (found[place, "in-tree"], found[place, "ours"]) for place in places}
+
+
+def _cold(row: Result, figure: str, factor: float, unit: str) -> str:
+    if "refuses" in row:
+        return "refuses"
+    value = row["cold"][figure]["median"] * factor
+    return f"{value:.2f} {unit}" if unit == "s" else f"{value:.0f} {unit}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "topologies": topologies,
     "startup": startup,
     "strictness": strictness,
+    "load": load,
     "tiny": tiny,
 }
 

@@ -134,16 +134,16 @@ async def _update(manager: Any, path: str, paused: bool) -> tuple[bool, str]:
 
 
 def break_reading_where_asked() -> None:
-    """A checkpoint with a file `breaks_on_rank_N` fails on that rank, once, in its second shard.
+    """A checkpoint with a file `breaks_on_rank_N` fails on that rank, once, in its last file.
 
-    The disk's error comes from the read itself, when the first shard has been written.
+    The disk's error comes from the read itself, when a first of two shards has been written.
     """
     original = os.preadv
 
     def breaking(descriptor: int, *rest: Any) -> int:
         file = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         flag = file.parent / f"breaks_on_rank_{torch.distributed.get_rank()}"
-        if flag.exists() and file.name.startswith("model-00002"):
+        if flag.exists() and file.name.startswith(("model-00002", "model.safetensors")):
             flag.unlink()
             raise OSError(errno.EIO, "Input/output error")
         return original(descriptor, *rest)
