@@ -160,8 +160,9 @@ def _format(arch: Architecture, launch: Launch) -> Iterator[str]:
         yield from _kernels(recipe, launch, launch.hardware)
     if recipe.cut_experts and launch.tp != launch.ep * launch.moe_dp:
         yield (
-            f"the experts of {title} cannot be shared by {launch.tp // launch.ep} ranks: "
-            f"{recipe.cut_experts}; use --ep-size {launch.tp} for whole experts."
+            f"the experts of {title} cannot be shared by "
+            f"{launch.tp // (launch.ep * launch.moe_dp)} ranks: {recipe.cut_experts}; use "
+            f"--ep-size {launch.tp // launch.moe_dp} for whole experts."
         )
 
 

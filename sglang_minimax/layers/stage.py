@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+from sglang.srt.layers.moe.utils import get_moe_runner_backend
 from sglang.srt.runtime_context import get_exec, get_model, get_parallel
 
 from sglang_minimax.config import Architecture
@@ -15,6 +17,9 @@ from sglang_minimax.layers.attention import attention_shard
 from sglang_minimax.loading.files import folder_of
 from sglang_minimax.loading.slots import ExpertPlaces, Stage
 from sglang_minimax.topology import Cut, expert_cut, expert_range, vocabulary_rows
+
+#: Multiple of rows that FlashInfer's TensorRT-LLM experts want (fused_moe_triton/layer.py).
+TRTLLM_UNIT = 128
 
 
 def architecture_here(config: Any) -> Architecture:
@@ -26,9 +31,20 @@ def architecture_here(config: Any) -> Architecture:
 def expert_cut_here(arch: Architecture) -> Cut:
     """This rank's part of an expert's width."""
     parallel = get_parallel()
-    return expert_cut(
-        arch.expert_width, parallel.moe_tp_size, parallel.moe_tp_rank, arch.expert_unit
-    )
+    unit = arch.expert_unit
+    if parallel.moe_tp_size > 1:
+        unit = math.lcm(unit, _runner_unit())
+    return expert_cut(arch.expert_width, parallel.moe_tp_size, parallel.moe_tp_rank, unit)
+
+
+def _runner_unit() -> int:
+    """Lines to which SGLang pads a rank's part for the chosen runner; we deal it in these instead.
+
+    FusedMoE rounds the width up by itself, and would then count ranks' parts with the padding.
+    """
+    backend = get_moe_runner_backend()
+    trtllm = backend.is_flashinfer_trtllm() or backend.is_flashinfer_trtllm_routed()
+    return TRTLLM_UNIT if trtllm else 1
 
 
 def stage_of(arch: Architecture, layers: range) -> Stage:

@@ -69,14 +69,15 @@ class Binding:
         self._types = {name: parameter.dtype for name, parameter in parameters.items()}
         self._loaded = {name for name, p in parameters.items() if hasattr(p, "weight_loader")}
         for name, group in slots.items():
-            if group[0].stored.optional and not self._is_loaded(group[0].parameter):
+            if group[0].stored.optional and not self._is_loaded(name, group[0].parameter):
                 self.unused.add(name)
             else:
                 self.slots[name] = group
 
-    def _is_loaded(self, parameter: str) -> bool:
-        # A parameter without a loader is made by its owner, such as a computed scale.
-        return parameter in self._loaded
+    def _is_loaded(self, name: TensorName, parameter: str) -> bool:
+        # A parameter without a loader is made by its owner, such as a computed scale; but the KV
+        # cache's scales are plain ones, with the value that they have without a checkpoint's.
+        return parameter in (self._shapes if name.module == "attn" else self._loaded)
 
     def check_parameters(self, problems: Problems, stage: Stage) -> None:
         """Enter parameters that the slots would leave unwritten, wholly or in part."""
@@ -121,11 +122,18 @@ class Binding:
         built = self._types.get(slot.parameter, now)
         if dtype is None or dtype.is_floating_point != built.is_floating_point:
             return f"is {kind}, expected {spelled(built)}"
+        repacked = f"cannot be replaced: its parameter became {now} after loading; restart"
+        shape = self._shapes.get(slot.parameter)
+        if stored.scale or slot.is_quantised:
+            # Kernels repack what is quantised in place, and few can undo it.
+            changed = now != built or tuple(parameter.shape) != shape
+            if changed:
+                return repacked.replace(f"{now}", f"{list(parameter.shape)} of {spelled(now)}")
         if stored.scale:
             return None
         integers = not dtype.is_floating_point
         if dtype != built and not integers and 1 in (dtype.itemsize, built.itemsize):
             return f"is {kind}, expected {spelled(built)}"
         if now != built and (now.itemsize == 1 or not now.is_floating_point):
-            return f"cannot be replaced: its parameter became {now} after loading; restart"
+            return repacked
         return None

@@ -22,7 +22,10 @@ class Problems:
     sentences: list[str] = field(default_factory=list)
 
     def add(self, group: str, line: str) -> None:
-        """Enter one: `missing`, `unexpected`, `duplicate`, `misshapen` or `invalid`."""
+        """Enter one: `missing`, `unexpected`, `duplicate`, `misshapen`, `invalid`, ...
+
+        Also `contradictory` (to the quantisation config) and `quantised` (what must not be).
+        """
         self.groups.setdefault(group, []).append(line)
 
     def say(self, sentence: str) -> None:

@@ -124,6 +124,11 @@ class Slot:
         """Rows and columns of the matrix in the checkpoint."""
         return self.rows.total, self.columns.total
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether it is one of several tensors that stand for a matrix."""
+        return not self.stored.types <= FLOATS
+
     @cached_property
     def is_padded(self) -> bool:
         """Whether this rank's part is larger in memory than in the checkpoint."""

@@ -145,7 +145,8 @@ class StrictLoader:
                 written |= self._load_files(tensor)
                 from_files = True
                 continue
-            for placement in self._placed(ledger, shared, name, tensor):
+            judged = isinstance(weights, Sequence)
+            for placement in self._placed(ledger, shared, name, tensor, judged=judged):
                 # After the first problem the rest is read for the report only.
                 if not ledger.problems:
                     held = tensor[tuple(slice(part.start, part.stop) for part in placement.box)]
@@ -163,7 +164,7 @@ class StrictLoader:
     def _load_files(self, files: CheckpointFiles) -> set[str]:
         """All of a checkpoint, which is judged before its first byte is read."""
         with without_collector():
-            plan = self.plan(read_headers(files.files))
+            plan = self._plan_of(files)
         if problems := files.options.agree(plan.problems):
             error = problems.error()
             error.is_of_all_ranks = True
@@ -173,6 +174,16 @@ class StrictLoader:
         written = {self._write(places, read.placement, held, read.name) for read, held in weights}
         logger.info("Weights: %s; %s", plan.ledger.summary(), weights.costs())
         return written
+
+    def _plan_of(self, files: CheckpointFiles) -> Plan:
+        """The plan; headers that cannot be read are a problem of it, for all ranks to hear of."""
+        try:
+            return self.plan(read_headers(files.files))
+        except LoadError as error:
+            plan = self.plan(Headers())
+            plan.problems.groups.clear()
+            plan.problems.say(str(error))
+            return plan
 
     def _judged(self, ledger: Ledger, weights: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
         """The pairs; those of a sequence are all judged before the first one comes out."""
@@ -186,15 +197,23 @@ class StrictLoader:
         return Ledger(self._arch, self._stage, self._binding.slots, self._binding.unused)
 
     def _placed(
-        self, ledger: Ledger, shared: SharedValues, name: str, tensor: torch.Tensor
+        self,
+        ledger: Ledger,
+        shared: SharedValues,
+        name: str,
+        tensor: torch.Tensor,
+        judged: bool = False,
     ) -> list[Placement]:
-        """Where a tensor in memory goes; [] where nowhere, or where it is refused."""
+        """Where a tensor in memory goes; [] where nowhere, or where it is refused.
+
+        judged: whether its values have been looked at already.
+        """
         kind = header_type(tensor)
         placements = ledger.place(name, kind, tuple(tensor.shape))
         for placement in placements:
             if not self._check_type(ledger.problems, name, kind, placement):
                 return []
-        for placement in placements:
+        for placement in () if judged else placements:
             slot = placement.slot
             box = tensor[tuple(slice(part.start, part.stop) for part in placement.box)]
             invalid = invalid_values(slot.stored, box, slot.matrix)
@@ -223,6 +242,7 @@ class StrictLoader:
     def _write(self, places: Places, placement: Placement, held: torch.Tensor, label: str) -> str:
         """Let the parameter's loader take this rank's share; return the parameter's name."""
         slot = placement.slot
+        self.partial = True  # until the load has ended well
         parameter = self._parameter(slot.parameter)
         if parameter is None:
             raise LoadError(f"{label}: the model has no parameter {slot.parameter} any more.")

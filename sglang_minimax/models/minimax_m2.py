@@ -348,7 +348,7 @@ class MiniMaxM2ForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load (name, tensor) pairs; the first call must fill the model, later ones may be partial.
 
-        weights: whole tensors, or `PlannedWeights` from files. Returns the names of the parameters
+        weights: whole tensors, or `CheckpointFiles`. Returns the names of the parameters
         written. Raises LoadError, which lists what is wrong.
         """
         return self._loader.load(weights)

@@ -92,9 +92,10 @@ def check_launch(server_args: Any, previous: Step) -> None:
 def refuse_unsupported(server_args: Any) -> None:
     """Raise SystemExit with one sentence for each reason not to start."""
     launch = launch_of(server_args)
-    reasons = refusals(_architecture_of(server_args), launch)
+    arch = _architecture_of(server_args)
+    reasons = refusals(arch, launch)
     if not reasons and choice.cpu_platform_chosen():
-        reasons = list(cpu_support.refusals(launch))
+        reasons = list(cpu_support.refusals(arch, launch))
     if reasons:
         raise SystemExit("\n".join(f"sglang-minimax: {reason}" for reason in reasons))
 

@@ -19,7 +19,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_minimax.errors import LoadError, MinimaxError
 
 POLL_SECONDS = 0.05
-# A store answers at once; one that does not has lost the process that kept it.
+#: Number of the load, the same on all ranks, for keys of the store that no other load has.
 _loads = itertools.count()
 
 
@@ -48,11 +48,20 @@ class SharedFate:
             self._store.compare_set(f"{self._key}/failure", "", told)
 
     def wait(self) -> None:
-        """Return when all ranks have ended well; LoadError as soon as one has not."""
+        """Return when all ranks have ended well; LoadError as soon as one has not.
+
+        A rank that was killed says nothing: after SGLang's own patience with slow ranks its barrier
+        behind the load has the word.
+        """
         if self._store is None:
             return
+        from sglang.srt.model_executor.model_runner_components.load_model_utils import (
+            UNBALANCED_MODEL_LOADING_TIMEOUT_S,
+        )
+
+        deadline = time.monotonic() + UNBALANCED_MODEL_LOADING_TIMEOUT_S
         self._store.add(f"{self._key}/done", 1)
-        while self._store.add(f"{self._key}/done", 0) < self._size:
+        while self._store.add(f"{self._key}/done", 0) < self._size and time.monotonic() < deadline:
             if sentence := self.stop():
                 raise LoadError(sentence)
             time.sleep(POLL_SECONDS)
@@ -71,6 +80,10 @@ def shared_fate() -> Iterator[SharedFate]:
         told.is_told_elsewhere = fate._rank != 0
         raise told from error
     except BaseException as error:
+        if sentence := fate.stop():  # a collective that another rank has left
+            told = LoadError(sentence)
+            told.is_told_elsewhere = fate._rank != 0
+            raise told from error
         fate.fail(f"the load ended with {type(error).__name__}: {error}")
         raise
 

@@ -338,7 +338,8 @@ MISTAKES = (
     Mistake(
         model_tp_group_in_the_norm, "tp=4,dp=2", "all_reduce at qk_norm over ranks [0, 1, 2, 3]"
     ),
-    Mistake(norm_weights_of_the_model_tp_rank, "tp=4,dp=2"),
+    # The loader holds what this rank should have of the weight, and nothing else.
+    Mistake(norm_weights_of_the_model_tp_rank, "tp=4,dp=2", "of which this rank holds [64] of"),
     Mistake(k_norm_of_the_next_head, "tp=1"),
     Mistake(eps_divided_by_the_width, "tp=1"),
     Mistake(usual_eps, "tp=1"),
@@ -352,7 +353,7 @@ MISTAKES = (
     Mistake(even_chunks_in_the_wrong_order, "tp=4,dp=2,ep=4"),
     Mistake(padding_leaks, "tp=4,dp=2,ep=4"),
     Mistake(experts_elsewhere_are_the_last, "tp=4,ep=4"),
-    Mistake(head_cut_over_tp, "tp=4,dp=2,dp_lm_head", "is invalid for input of size"),
+    Mistake(head_cut_over_tp, "tp=4,dp=2,dp_lm_head", "the weights do not fit the model"),
     Mistake(last_layer_not_captured, "tp=1", "captured [30, "),
     Mistake(captured_a_layer_early, "tp=1", "captured of layer"),
     Mistake(kv_of_all_layers, "pp=2", "KV"),

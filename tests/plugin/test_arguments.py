@@ -76,7 +76,7 @@ def test_what_the_user_says_stays() -> None:
         ("--pp-size 5", ["--pp-size 5", "4 layers"]),
         ("--tp-size 4 --ep-size 3", ["--ep-size 3", "--ep-size 2"]),
         ("--enable-two-batch-overlap", ["without --enable-two-batch-overlap"]),
-        ("--quantization awq", ["awq", "not supported", "SGLANG_MINIMAX=0"]),
+        ("--quantization awq", ["awq", "not supported", "quantised already"]),
         ("--tp-size 2 --moe-a2a-backend deepep", ["--moe-a2a-backend deepep", "CPU platform"]),
         ("--pp-size 2 --enable-return-hidden-states", ["hidden-states", "--pp-size 2"]),
         ("--tp-size 2 --pp-size 3 --nnodes 4", ["--nnodes 4"]),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sglang_minimax.loading.binding import Binding
-from sglang_minimax.loading.formats.base import ROWS, SCALE_TYPES, Axis, StoredTensor
+from sglang_minimax.loading.formats.base import COLUMNS, ROWS, SCALE_TYPES, Axis, StoredTensor
 from sglang_minimax.loading.names import TensorName
 from sglang_minimax.loading.problems import Problems
 from sglang_minimax.loading.slots import SCALAR, VECTOR, Slot, Stage
@@ -62,12 +62,34 @@ def test_a_vocabulary_may_be_padded() -> None:
 
 
 def test_an_optional_tensor_without_a_loaded_parameter_is_unused() -> None:
-    name = TensorName(0, "attn", "k_scale")
+    name = TensorName(0, "o_proj", "input_scale")
     slots = {name: (Slot("a", SCALAR, Cut.whole(1), Cut.whole(1)),)}
     for parameters in ({}, {"a": parameter(loaded=False)}):
         assert Binding(slots, parameters).unused == {name}
     bound = Binding(slots, {"a": parameter()})
     assert (bound.unused, bound.slots) == (set(), slots)
+
+
+def test_the_scales_of_sglangs_own_kv_cache_method_have_a_place() -> None:
+    """They have no loader, and would be left at one without a word."""
+    from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
+
+    layer = nn.Module()
+    BaseKVCacheMethod(None).create_weights(layer)
+    name = TensorName(0, "attn", "k_scale")
+    slots = {name: (Slot("k_scale", SCALAR, Cut.whole(1), Cut.whole(1)),)}
+    bound = Binding(slots, dict(layer.named_parameters()))
+    assert (bound.unused, bound.slots) == (set(), slots)
+
+
+def test_a_quantised_parameter_that_was_repacked_is_not_replaced() -> None:
+    stored = StoredTensor("qweight", (Axis(COLUMNS, per=8), Axis(ROWS)), frozenset({"I32"}))
+    slot = Slot("a", stored, Cut.whole(16), Cut.whole(64))
+    built = nn.Parameter(torch.zeros(8, 16, dtype=torch.int32), requires_grad=False)
+    bound = Binding({TensorName(0, "o_proj", "qweight"): (slot,)}, {"a": built})
+    assert bound.obstacle(slot, built, "I32") is None
+    repacked = nn.Parameter(torch.zeros(4, 32, dtype=torch.int32), requires_grad=False)
+    assert "restart" in str(bound.obstacle(slot, repacked, "I32"))
 
 
 FP8 = torch.float8_e4m3fn

@@ -204,9 +204,8 @@ class StandIn(nn.Module):
             )
             self.moe(number, f"{layer}.block_sparse_moe.experts", kind, tall, wide)
         for scale in ("k_scale", "v_scale") if self.stage.kv_scales else ():
-            self.plain(f"{layer}.self_attn.attn.{scale}").weight_loader = lambda p, t, *rest: (
-                p.data.copy_(t.reshape(p.shape))
-            )
+            # As BaseKVCacheMethod.create_weights makes them: without a loader.
+            self.plain(f"{layer}.self_attn.attn.{scale}")
         self.plain(f"{layer}.block_sparse_moe.gate.weight", self.arch.num_experts, hidden)
         bias = f"{layer}.block_sparse_moe.e_score_correction_bias"
         self.plain(bias, self.arch.num_experts)

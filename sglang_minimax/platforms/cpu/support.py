@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sglang_minimax.config import Architecture
 from sglang_minimax.support import Launch
 
 #: SGLang's names of the formats that are dequantised here; `quantised` computes with them.
@@ -22,7 +23,7 @@ QUANTIZATIONS = (
 )
 
 
-def refusals(launch: Launch) -> Iterator[str]:
+def refusals(arch: Architecture, launch: Launch) -> Iterator[str]:
     """Yield the reasons not to start `launch` on this platform."""
     if launch.moe_a2a_backend != "none":
         yield (
@@ -34,7 +35,12 @@ def refusals(launch: Launch) -> Iterator[str]:
             f"--speculative-algorithm {launch.speculative_algorithm} is not supported on the CPU "
             "platform yet; start without it."
         )
-    if launch.quantization and launch.quantization not in QUANTIZATIONS:
+    if launch.quantization and arch.recipe.method is None:
+        yield (
+            f"--quantization {launch.quantization} quantises plain weights with a GPU's kernels; "
+            "start without it on the CPU platform."
+        )
+    elif launch.quantization and launch.quantization not in QUANTIZATIONS:
         yield (
             f"quantization {launch.quantization} is not computed on the CPU platform; use a "
             "checkpoint in a format of docs/cpu-platform.md, or an unquantised one."
