@@ -332,13 +332,13 @@ class Mistake:
 
 MISTAKES = (
     Mistake(local_variance_only, "tp=2"),
-    Mistake(k_norm_cut_like_q, "tp=8"),
+    # The loader holds what this rank should have of the weight, and nothing else.
+    Mistake(k_norm_cut_like_q, "tp=8", "the server was not started"),
     Mistake(k_sum_counts_replicas, "tp=8"),
     # Ranks of another attention group have other tokens or none: what is summed does not match.
     Mistake(
         model_tp_group_in_the_norm, "tp=4,dp=2", "all_reduce at qk_norm over ranks [0, 1, 2, 3]"
     ),
-    # The loader holds what this rank should have of the weight, and nothing else.
     Mistake(norm_weights_of_the_model_tp_rank, "tp=4,dp=2", "of which this rank holds [64] of"),
     Mistake(k_norm_of_the_next_head, "tp=1"),
     Mistake(eps_divided_by_the_width, "tp=1"),
@@ -369,7 +369,8 @@ def run(mistake: Mistake, session: Session) -> ShapeResult:
 
 def caught_by(mistake: Mistake, result: ShapeResult) -> str | None:
     """The sentence that gives the mistake away, None where nothing does."""
-    return next((each for each in result.shortcomings if mistake.words in each), None)
+    refused = (result.reason or "",) if result.status == "refused" else ()
+    return next((each for each in (*result.shortcomings, *refused) if mistake.words in each), None)
 
 
 def main(names: Iterable[str]) -> int:
