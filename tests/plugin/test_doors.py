@@ -138,7 +138,7 @@ def test_another_model_does_not_notice_us() -> None:
         from sglang.srt.models.registry import ModelRegistry
         found = ModelRegistry.resolve_model_cls(["LlamaForCausalLM"])[0]
         ours = [name for name in sys.modules if name.startswith(("sglang_minimax", "jit_kernels"))]
-        print(found.__module__, [n for n in ours if ".models" in n or ".layers" in n or "jit" in n])
+        print(found.__module__, [n for n in ours if ".models." in n or ".layers." in n or "jit" in n])
         """
     )
     assert last_line(done) == "sglang.srt.models.llama []"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-PROBE = "from sglang_minimax.platforms.cpu.forking import fork_is_safe; print(fork_is_safe(2.0))"
+# The child of "nothing computed" imports torch, which takes seconds on a busy machine.
+PROBE = "from sglang_minimax.platforms.cpu.forking import fork_is_safe; print(fork_is_safe(15.0))"
 COMPUTE = "import torch; torch.set_num_threads(2); torch.ones(1 << 20).add_(1); "
 
 

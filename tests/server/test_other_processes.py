@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import httpx
@@ -41,7 +42,13 @@ def test_several_tokenizer_workers() -> None:
     with tempfile.TemporaryFile() as log:
         server = LocalServer(arguments=["--tokenizer-worker-num", "2"], log=log)
         with server.running():
-            names = [process.name() for process in server.family()]
+            deadline = time.monotonic() + 30
+            names: list[str] = []
+            while time.monotonic() < deadline:  # a worker gets its name when it has started
+                names = [process.name() for process in server.family()]
+                if sum(name.startswith("sglang::tokenize") for name in names) == 2:
+                    break
+                time.sleep(0.2)
             assert sum(name.startswith("sglang::tokenize") for name in names) == 2, names
             for _ in range(4):
                 reply = httpx.post(
