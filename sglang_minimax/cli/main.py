@@ -91,28 +91,39 @@ def validate(
     _stop_on_user_error(lambda: run(topology, checkpoint, random_config, as_json, timeout))
 
 
+# The sizes, in our short names and SGLang's, for the commands that ask about a topology.
+Tp = Annotated[int, typer.Option("--tp", "--tp-size", help="Ranks of a stage.")]
+Dp = Annotated[int, typer.Option("--dp", "--attn-dp-size", help="Attention groups.")]
+Ep = Annotated[int, typer.Option("--ep", "--ep-size", help="Expert groups.")]
+Pp = Annotated[int, typer.Option("--pp", "--pp-size", help="Pipeline stages.")]
+Nodes = Annotated[int, typer.Option("--nodes", "--nnodes", help="Machines.")]
+RedundantExperts = Annotated[
+    int,
+    typer.Option(
+        "--redundant-experts", "--ep-num-redundant-experts", help="Copies beyond the model's."
+    ),
+]
+DpLmHead = Annotated[
+    bool,
+    typer.Option("--dp-lm-head", "--enable-dp-lm-head", help="Cut the head over attention-TP."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
 @app.command()
 def topology(
     config: Annotated[
         Path | None,
         typer.Option(help="config.json or checkpoint folder; the published shape without."),
     ] = None,
-    tp: Annotated[int, typer.Option("--tp", "--tp-size", help="Ranks of a stage.")] = 1,
-    dp: Annotated[int, typer.Option("--dp", "--attn-dp-size", help="Attention groups.")] = 1,
-    ep: Annotated[int, typer.Option("--ep", "--ep-size", help="Expert groups.")] = 1,
-    pp: Annotated[int, typer.Option("--pp", "--pp-size", help="Pipeline stages.")] = 1,
-    nodes: Annotated[int, typer.Option("--nodes", "--nnodes", help="Machines.")] = 1,
-    redundant_experts: Annotated[
-        int,
-        typer.Option(
-            "--redundant-experts", "--ep-num-redundant-experts", help="Copies beyond the model's."
-        ),
-    ] = 0,
-    dp_lm_head: Annotated[
-        bool,
-        typer.Option("--dp-lm-head", "--enable-dp-lm-head", help="Cut the head over attention-TP."),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    tp: Tp = 1,
+    dp: Dp = 1,
+    ep: Ep = 1,
+    pp: Pp = 1,
+    nodes: Nodes = 1,
+    redundant_experts: RedundantExperts = 0,
+    dp_lm_head: DpLmHead = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show which rank owns what, and with whom; exit 1 where the model cannot be divided so."""
     from sglang_minimax.cli.topology import topology as show
@@ -128,22 +139,14 @@ def inspect(
     layout: Annotated[
         str | None, typer.Option("--topology", help="The sizes in one, as tp=8,ep=8.")
     ] = None,
-    tp: Annotated[int, typer.Option("--tp", "--tp-size", help="Ranks of a stage.")] = 1,
-    dp: Annotated[int, typer.Option("--dp", "--attn-dp-size", help="Attention groups.")] = 1,
-    ep: Annotated[int, typer.Option("--ep", "--ep-size", help="Expert groups.")] = 1,
-    pp: Annotated[int, typer.Option("--pp", "--pp-size", help="Pipeline stages.")] = 1,
-    nodes: Annotated[int, typer.Option("--nodes", "--nnodes", help="Machines.")] = 1,
-    redundant_experts: Annotated[
-        int,
-        typer.Option(
-            "--redundant-experts", "--ep-num-redundant-experts", help="Copies beyond the model's."
-        ),
-    ] = 0,
-    dp_lm_head: Annotated[
-        bool,
-        typer.Option("--dp-lm-head", "--enable-dp-lm-head", help="Cut the head over attention-TP."),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    tp: Tp = 1,
+    dp: Dp = 1,
+    ep: Ep = 1,
+    pp: Pp = 1,
+    nodes: Nodes = 1,
+    redundant_experts: RedundantExperts = 0,
+    dp_lm_head: DpLmHead = False,
+    as_json: AsJson = False,
 ) -> None:
     """Judge a checkpoint by its headers: what it holds, and whether and how it would load.
 

@@ -180,10 +180,9 @@ class StrictLoader:
         try:
             return self.plan(read_headers(files.files))
         except LoadError as error:
-            plan = self.plan(Headers())
-            plan.problems.groups.clear()
-            plan.problems.say(str(error))
-            return plan
+            ledger = self._ledger()
+            ledger.problems.say(str(error))
+            return Plan([], ledger.problems, ledger)
 
     def _judged(self, ledger: Ledger, weights: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
         """The pairs; those of a sequence are all judged before the first one comes out."""
