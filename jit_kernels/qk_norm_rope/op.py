@@ -1,9 +1,10 @@
-"""The QK norm that the model calls: one contract, several implementations, chosen once.
+"""The attention prologue that the model calls: one contract, several implementations, chosen once.
 
-An implementation says for a `Request` why it cannot serve it, or None. `choose` takes the first
-that can, in the order of `IMPLEMENTATIONS` (fastest first), and tells what it passed over and why,
-so that the caller can say it at start-up. To add one, write its module with `refusal` and `run` and
-enter it in `IMPLEMENTATIONS` before the reference.
+An implementation is a module with `NAME`, `refusal(request)`, which says why it cannot serve a
+request or None, and `prepare(request)`, which compiles what it needs (KernelUnavailable with the
+compiler's message where that fails) and returns the function that serves a `Call`. `choose` takes
+the first that can, in the order of `IMPLEMENTATIONS` (fastest first), and tells what it passed
+over and why, so that the caller can say it at start-up.
 """
 
 from __future__ import annotations
@@ -14,122 +15,87 @@ from dataclasses import dataclass
 import torch
 
 from jit_kernels.qk_norm_rope import reference
-from jit_kernels.qk_norm_rope.reference import Rotation
+from jit_kernels.qk_norm_rope.contract import (
+    ALONE,
+    CacheWrite,
+    Call,
+    Group,
+    KernelUnavailable,
+    Norm,
+    Request,
+    Rotation,
+    check,
+)
 
-Reduce = Callable[[torch.Tensor], torch.Tensor]
-
-
-class KernelUnavailable(RuntimeError):
-    """A named implementation cannot serve the request; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What an implementation needs to know to accept or refuse, before any tensor exists."""
-
-    device: str
-    dtype: torch.dtype
-    group_size: int
-    q_width: int
-    k_width: int
-    head_dim: int
-    rotary_dim: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """The constants of one layer's norm on one rank.
-
-    q_weight: [q_width], k_weight: [k_width], this rank's rows.
-    q_divisor, k_divisor: elements behind the group's sums; k's counts every replica of a KV head.
-    """
-
-    q_weight: torch.Tensor
-    k_weight: torch.Tensor
-    q_divisor: int
-    k_divisor: int
-    eps: float
+Run = Callable[[Call], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """One way to compute the norm: a name, a test of a request, and the function."""
+    """One way to serve a call: a name, a test of a request, and what makes it ready."""
 
     name: str
     refusal: Callable[[Request], str | None]
-    run: Callable[[torch.Tensor, torch.Tensor, Norm, Reduce | None, Rotation | None], None]
+    prepare: Callable[[Request], Run]
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The implementation that serves a request, and why it and not a faster one."""
+    """The implementation that serves a request, ready to run, and why it and not a faster one."""
 
-    implementation: Implementation
+    name: str
     why: str
-
-    @property
-    def name(self) -> str:
-        """The name of the implementation."""
-        return self.implementation.name
+    run: Run
 
 
-def _run_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    norm: Norm,
-    reduce: Reduce | None,
-    rotation: Rotation | None,
-) -> None:
-    sums = reference.square_sums(q, k)
-    if reduce is not None:
-        sums = reduce(sums)
-    reference.apply_(
-        q,
-        k,
-        sums,
-        norm.q_weight,
-        norm.k_weight,
-        q_divisor=norm.q_divisor,
-        k_divisor=norm.k_divisor,
-        eps=norm.eps,
-        rotation=rotation,
-    )
-
-
-REFERENCE = Implementation("reference", refusal=lambda request: None, run=_run_reference)
+REFERENCE = Implementation(
+    reference.NAME, refusal=reference.refusal, prepare=lambda request: reference.run
+)
 
 # Fastest first; the reference serves everything and stays last.
 IMPLEMENTATIONS: list[Implementation] = [REFERENCE]
 
 
 def choose(request: Request, prefer: str | None = None) -> Choice:
-    """Return the implementation for `request`.
+    """Return the implementation for `request`, compiled.
 
     prefer: the name of the only implementation to consider. Raises KernelUnavailable where it is
-    unknown or refuses the request.
+    unknown, refuses the request or does not compile.
     """
     if prefer is not None:
         return _preferred(request, prefer)
     passed_over: list[str] = []
     for implementation in IMPLEMENTATIONS:
-        refusal = implementation.refusal(request)
-        if refusal is None:
-            why = "; ".join(passed_over) or "no faster implementation is installed"
-            if implementation is not REFERENCE and not passed_over:
-                why = "the fastest that is installed"
-            return Choice(implementation, why)
-        passed_over.append(f"{implementation.name}: {refusal}")
-    raise KernelUnavailable("no implementation of the QK norm: " + "; ".join(passed_over))
+        try:
+            run = _ready(implementation, request)
+        except KernelUnavailable as error:
+            passed_over.append(f"{implementation.name}: {error}")
+            continue
+        return Choice(implementation.name, "; ".join(passed_over) or "the fastest", run)
+    raise KernelUnavailable(
+        "no implementation of the attention prologue: " + "; ".join(passed_over)
+    )
 
 
 def _preferred(request: Request, name: str) -> Choice:
     known = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
     if name not in known:
-        raise KernelUnavailable(f"no QK norm is called {name!r}; known: {', '.join(known)}")
-    refusal = known[name].refusal(request)
+        raise KernelUnavailable(
+            f"no attention prologue is called {name!r}; known: {', '.join(known)}"
+        )
+    try:
+        return Choice(name, "asked for", _ready(known[name], request))
+    except KernelUnavailable as error:
+        raise KernelUnavailable(
+            f"the attention prologue {name!r} cannot be used: {error}"
+        ) from error
+
+
+def _ready(implementation: Implementation, request: Request) -> Run:
+    refusal = implementation.refusal(request)
     if refusal is not None:
-        raise KernelUnavailable(f"the QK norm {name!r} cannot be used: {refusal}")
-    return Choice(known[name], "asked for")
+        raise KernelUnavailable(refusal)
+    return implementation.prepare(request)
 
 
 def qk_norm_rope_(
@@ -138,17 +104,35 @@ def qk_norm_rope_(
     k: torch.Tensor,
     norm: Norm,
     *,
-    reduce: Reduce | None = None,
+    group: Group = ALONE,
     rotation: Rotation | None = None,
+    cache: CacheWrite | None = None,
 ) -> None:
-    """Normalise q and k over the full projection of the group, rotate if asked, in place.
+    """Norm q and k over the full projection of the group, rotate and store if asked, in place.
 
-    q: [tokens, q_width], k: [tokens, k_width], unit inner stride, any row stride; views of one
-    packed tensor are fine. Zero tokens are fine, but every rank of the group must then have zero,
-    since each call with tokens joins one collective.
-    reduce: all-reduce (sum) over the group of a [tokens, 2] fp32 tensor, which it may return or
-    overwrite and return; None for a group of one rank.
+    q: [tokens, q_width], k: [tokens, kv_width], unit inner stride, any row stride; views of one
+    packed tensor are fine. The formulas are in `contract`. Zero tokens are fine, but every rank of
+    the group must then have zero, since each call with tokens joins one exchange.
+    Raises ValueError, before anything is written, where the arguments do not fit together.
     """
-    if q.shape[0] == 0:
-        return
-    choice.implementation.run(q, k, norm, reduce, rotation)
+    call = Call(q, k, norm, group, rotation, cache)
+    check(call)
+    if call.tokens:
+        choice.run(call)
+
+
+__all__ = [
+    "ALONE",
+    "IMPLEMENTATIONS",
+    "REFERENCE",
+    "CacheWrite",
+    "Choice",
+    "Group",
+    "Implementation",
+    "KernelUnavailable",
+    "Norm",
+    "Request",
+    "Rotation",
+    "choose",
+    "qk_norm_rope_",
+]

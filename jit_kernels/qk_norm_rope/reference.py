@@ -1,34 +1,36 @@
-"""RMSNorm of q and k over the full projection of an attention-TP group, in plain PyTorch.
+"""The attention prologue in plain PyTorch: the arithmetic that every kernel must reproduce.
 
 Two phases, because the mean of squares spans the ranks of the group:
 
-  sums = square_sums(q, k)                    # this rank, [tokens, 2] fp32
-  sums = all_reduce(sums)                     # one collective for both
-  normalize_(q, k, sums, ...)                 # y = x * rsqrt(sum / divisor + eps) * weight
+  sums = square_sums(q, k)        # this rank, [tokens, 2] fp32
+  sums = all_reduce(sums)         # one collective for both
+  apply_(call, sums)              # norm, rotation, K/V write
 
-and an optional NeoX rotation of the first dimensions of each head. The arithmetic runs in fp32 (or
-in fp64, on request) and rounds once, when the result is stored. eps is added to the mean, not to
-the sum. Source: MiniMax-M2's modeling file in transformers, which norms before it splits the heads.
+The arithmetic runs in fp32 (or in fp64, on request) and rounds once, when a result is stored. eps
+is added to the mean, not to the sum. Source: MiniMax-M2's modeling file in transformers, which
+norms before it splits the heads. It is also the path of a machine without an accelerator.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from jit_kernels.qk_norm_rope.contract import FP8_TYPES, CacheWrite, Call, Request, Rotation
 
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """A partial NeoX rotation after the norm.
+NAME = "reference"
 
-    positions: [tokens] integer. cos_sin_cache: [max_position, rotary_dim], cos in the first half of
-    a row, sin in the second.
-    """
 
-    positions: torch.Tensor
-    cos_sin_cache: torch.Tensor
-    head_dim: int
+def refusal(request: Request) -> str | None:
+    """Nothing is refused."""
+    return None
+
+
+def run(call: Call, dtype: torch.dtype = torch.float32) -> None:
+    """Serve one call. dtype: of the arithmetic, and of what the group's reduce is given."""
+    sums = square_sums(call.q, call.k, dtype=dtype)
+    if call.group.reduce is not None:
+        sums = call.group.reduce(sums)
+    apply_(call, sums)
 
 
 def square_sums(
@@ -69,26 +71,43 @@ def rotated(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).flatten(-2)
 
 
-def apply_(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    sums: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    *,
-    q_divisor: int,
-    k_divisor: int,
-    eps: float,
-    rotation: Rotation | None = None,
-) -> None:
-    """Normalise q and k in place with the sums of the whole group, then rotate if asked.
+def apply_(call: Call, sums: torch.Tensor) -> None:
+    """Norm and rotate q and k in place with the sums of the whole group, and store K and V.
 
-    q, k: as in `square_sums`, written through their views. sums: [tokens, 2], fp32 or fp64, whose
-    dtype is the dtype of the arithmetic. q_weight: [q_width], k_weight: [k_width].
+    sums: [tokens, 2], fp32 or fp64, whose dtype is the dtype of the arithmetic.
     """
-    sides = ((q, q_weight, q_divisor), (k, k_weight, k_divisor))
+    norm = call.norm
+    sides = ((call.q, norm.q_weight, norm.q_divisor), (call.k, norm.k_weight, norm.k_divisor))
+    exact = []
     for column, (x, weight, divisor) in enumerate(sides):
-        y = normalized(x, sums[:, column], weight, divisor=divisor, eps=eps)
-        if rotation is not None:
-            y = rotated(y, rotation)
-        x.copy_(y)
+        y = normalized(x, sums[:, column], weight, divisor=divisor, eps=norm.eps)
+        exact.append(y if call.rotation is None else rotated(y, call.rotation))
+    call.q.copy_(exact[0])
+    call.k.copy_(exact[1])
+    if call.cache is not None:
+        _write(call.cache, exact[1])
+
+
+def _write(cache: CacheWrite, k: torch.Tensor) -> None:
+    """Store K (exact, not yet rounded) and V in the slots of the tokens that have one."""
+    kept = cache.slots >= 0
+    slots = cache.slots[kept].long()
+    sides = ((cache.k_cache, k, cache.k_scale), (cache.v_cache, cache.v.to(k.dtype), cache.v_scale))
+    for buffer, x, scale in sides:
+        rows = stored(x[kept], buffer.dtype, scale).view(-1, *buffer.shape[-2:])
+        # Bytes where the dtype is FP8: PyTorch does not index FP8 tensors on every device.
+        if buffer.dtype in FP8_TYPES:
+            buffer, rows = buffer.view(torch.uint8), rows.view(torch.uint8)
+        if buffer.dim() == 3:
+            buffer[slots] = rows
+        else:
+            page_size = buffer.shape[1]
+            buffer[slots // page_size, slots % page_size] = rows
+
+
+def stored(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    """What a cache of `dtype` holds for x (fp32 or fp64): x, or x / scale saturated if FP8."""
+    if dtype not in FP8_TYPES:
+        return x.to(dtype)
+    largest = torch.finfo(dtype).max
+    return (x / scale).clamp(-largest, largest).to(dtype)

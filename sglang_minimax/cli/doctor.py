@@ -179,10 +179,10 @@ def _kernels() -> list[dict[str, str]]:
     request = op.Request(
         device=choice.accelerator() or "cpu",
         dtype=torch.bfloat16,
-        group_size=shard.size,
-        q_width=shard.q_width,
-        k_width=shard.kv_width,
+        q_heads=shard.q_heads,
+        kv_heads=shard.kv_heads,
         head_dim=shard.head_dim,
+        group_size=shard.size,
     )
     return [
         {

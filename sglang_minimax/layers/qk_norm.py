@@ -14,7 +14,7 @@ from sglang.srt.layers.dp_attention import attn_tp_all_reduce
 from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
-from jit_kernels.qk_norm_rope.op import Choice, Norm, Request, choose, qk_norm_rope_
+from jit_kernels.qk_norm_rope.op import Choice, Group, Norm, Request, choose, qk_norm_rope_
 from sglang_minimax.topology import AttentionShard
 
 logger = logging.getLogger(__name__)
@@ -60,16 +60,16 @@ class QKNorm:
         self._k_norm = k_norm
         self._shard = shard
         self._eps = eps
-        self._reduce = attn_tp_all_reduce if shard.size > 1 else None
+        self._group = Group(shard.size, attn_tp_all_reduce if shard.size > 1 else None)
         weight = q_norm.weight
         self._choice = _choose_and_say(
             Request(
                 device=weight.device.type,
                 dtype=weight.dtype,
-                group_size=shard.size,
-                q_width=shard.q_width,
-                k_width=shard.kv_width,
+                q_heads=shard.q_heads,
+                kv_heads=shard.kv_heads,
                 head_dim=shard.head_dim,
+                group_size=shard.size,
             )
         )
 
@@ -83,7 +83,7 @@ class QKNorm:
             k_divisor=self._shard.k_divisor,
             eps=self._eps,
         )
-        qk_norm_rope_(self._choice, q, k, norm, reduce=self._reduce)
+        qk_norm_rope_(self._choice, q, k, norm, group=self._group)
 
 
 @cache

@@ -126,7 +126,7 @@ def bf16_sum_of_squares() -> None:
     """The sum of squares is accumulated in bf16."""
     from jit_kernels.qk_norm_rope import reference
 
-    def square_sums(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def square_sums(q: torch.Tensor, k: torch.Tensor, **kw: Any) -> torch.Tensor:
         return torch.stack([x.bfloat16().square().sum(-1) for x in (q, k)], -1).float()
 
     reference.square_sums = square_sums

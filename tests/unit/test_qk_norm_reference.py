@@ -19,6 +19,7 @@ from transformers.models.minimax_m2.modeling_minimax_m2 import (
 )
 
 from jit_kernels.qk_norm_rope import op, reference
+from jit_kernels.qk_norm_rope.contract import Call
 from sglang_minimax.topology import AttentionShard, legal_attention_tp_sizes
 
 HEAD_DIM = 32
@@ -98,17 +99,7 @@ def run_group(ranks: list[Rank], dtype: torch.dtype = torch.float32) -> None:
     """Both phases with the collective between them, in place."""
     total = sum(reference.square_sums(rank.q, rank.k, dtype=dtype) for rank in ranks)
     for rank in ranks:
-        norm = rank.norm
-        reference.apply_(
-            rank.q,
-            rank.k,
-            total,
-            norm.q_weight,
-            norm.k_weight,
-            q_divisor=norm.q_divisor,
-            k_divisor=norm.k_divisor,
-            eps=norm.eps,
-        )
+        reference.apply_(Call(rank.q, rank.k, rank.norm), total)
 
 
 def assemble(ranks: list[Rank]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +226,7 @@ def test_one_collective_of_two_fp32_numbers_a_token():
         return sums * 2
 
     choice = op.choose(request())
-    op.qk_norm_rope_(choice, rank.q, rank.k, rank.norm, reduce=reduce)
+    op.qk_norm_rope_(choice, rank.q, rank.k, rank.norm, group=op.Group(2, reduce))
     assert seen == [((3, 2), torch.float32)]
 
 
@@ -245,7 +236,8 @@ def test_no_tokens_no_collective():
     def reduce(sums: torch.Tensor) -> torch.Tensor:
         raise AssertionError("a group without tokens must not meet in a collective")
 
-    op.qk_norm_rope_(op.choose(request()), rank.q, rank.k, rank.norm, reduce=reduce)
+    group = op.Group(2, reduce)
+    op.qk_norm_rope_(op.choose(request()), rank.q, rank.k, rank.norm, group=group)
     assert reference.square_sums(rank.q, rank.k).shape == (0, 2)
 
 
@@ -280,7 +272,7 @@ def test_norm_and_rotation_agree_with_transformers(size, rotary_dim):
             rank.q,
             rank.k,
             rank.norm,
-            reduce=lambda _: total,
+            group=op.Group(size, lambda _: total),
             rotation=rotation,
         )
     for got, expected in zip(assemble(ranks), want, strict=True):
@@ -301,19 +293,29 @@ def test_interleaved_pairs_would_be_noticed():
 
 
 def request(**changes) -> op.Request:
-    base = op.Request("cpu", torch.float32, 2, 256, 64, HEAD_DIM)
+    base = op.Request("cpu", torch.float32, 8, 2, HEAD_DIM, group_size=2)
     return replace(base, **changes)
 
 
 def test_the_reference_is_the_last_resort_and_says_why(monkeypatch):
+    def prepare(wanted: op.Request) -> op.Run:
+        if wanted.head_dim != HEAD_DIM:
+            raise op.KernelUnavailable("nvcc: error: no such head")
+        return print
+
+    needs_cuda = {"cpu": "needs CUDA"}
+    fast = op.Implementation("fast", lambda wanted: needs_cuda.get(wanted.device), prepare)
     assert op.choose(request()).name == "reference"
-    fast = op.Implementation("fast", lambda r: None if r.device == "cuda" else "needs CUDA", print)
     monkeypatch.setattr(op, "IMPLEMENTATIONS", [fast, op.REFERENCE])
     assert op.choose(request(device="cuda")).name == "fast"
-    fallback = op.choose(request())
-    assert (fallback.name, fallback.why) == ("reference", "fast: needs CUDA")
+    for wanted, why in (
+        (request(), "fast: needs CUDA"),
+        (request(device="cuda", head_dim=64), "fast: nvcc: error: no such head"),
+    ):
+        fallback = op.choose(wanted)
+        assert (fallback.name, fallback.why) == ("reference", why)
+        with pytest.raises(op.KernelUnavailable, match=why.removeprefix("fast: ")):
+            op.choose(wanted, prefer="fast")
     assert op.choose(request(device="cuda"), prefer="reference").why == "asked for"
-    with pytest.raises(op.KernelUnavailable, match="needs CUDA"):
-        op.choose(request(), prefer="fast")
     with pytest.raises(op.KernelUnavailable, match="known: fast, reference"):
         op.choose(request(), prefer="faster")
