@@ -21,8 +21,16 @@ def provenance() -> dict[str, Any]:
         "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "machine": f"{len(os.sched_getaffinity(0))}-core {platform.machine()}, {processor()}",
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("sglang", "torch", "transformers")},
+        **{name: version(name) for name in ("sglang", "torch", "transformers")},
     }
+
+
+def version(package: str) -> str:
+    """The installed version; kernels are measured where little else than torch is installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def processor() -> str:
@@ -33,9 +41,9 @@ def processor() -> str:
     return platform.processor() or "unknown processor"
 
 
-def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
-    """Write `results/<name>.json` with its provenance and return its path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(name: str, rows: list[dict[str, Any]], *, folder: Path = RESULTS, **more: Any) -> Path:
+    """Write `<folder>/<name>.json` with its provenance and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"provenance": provenance(), **more, "rows": rows}, indent=1) + "\n")
     return path

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import prologue_table
 from benchmarks.common import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
@@ -135,6 +136,21 @@ def load() -> str:
     )
 
 
+def prologue() -> str:
+    """The attention prologue on each GPU that it was measured on."""
+    found = prologue_table.gpu_results()
+    if not found:
+        return prologue_table.NOT_YET
+    parts = []
+    for path in found:
+        data = prologue_table.read(path)
+        table = _table(prologue_table.HEAD, prologue_table.rows(data))
+        title = f"{data['device']['name']}, TP1, bf16"
+        aims = prologue_table.aims(data)
+        parts.append(f"{title}:\n\n{table}\n\n{aims}" + _source(path.stem, data["provenance"]))
+    return "\n\n".join(parts)
+
+
 def _pairs(rows: list[Result], checkpoint: str) -> dict[str, tuple[Result, Result]]:
     """topology -> the rows of both loaders, in-tree first."""
     found = {
@@ -156,6 +172,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "startup": startup,
     "strictness": strictness,
     "load": load,
+    "prologue": prologue,
     "tiny": tiny,
 }
 

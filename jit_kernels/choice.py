@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from jit_kernels.qk_norm_rope.contract import KernelUnavailable
-
 RequestT = TypeVar("RequestT")
 RunT = TypeVar("RunT")
+
+
+class KernelUnavailable(RuntimeError):
+    """An implementation cannot serve the request; the message says why."""
 
 
 # Without slots: Python 3.11 cannot call Implementation[...] where the class is frozen and has them.

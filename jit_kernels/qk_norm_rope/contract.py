@@ -28,10 +28,6 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 FP8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-class KernelUnavailable(RuntimeError):
-    """An implementation cannot serve the request; the message says why."""
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """What an implementation needs to know to accept or refuse, before any tensor exists.
@@ -108,7 +104,8 @@ class CacheWrite:
     k_cache, v_cache: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim] where
     slot s is page s // page_size, row s % page_size. The last two dimensions are contiguous, the
     others have any stride, and the two caches need not share theirs. The dtype is q's, or FP8.
-    slots: [tokens] int64 or int32; a negative one is not written. No slot twice in one call.
+    slots: [tokens] int64 or int32; a negative one is not written. Of rows that name the same slot
+    any one may be the one that stays: SGLang's padding all goes to slot 0, which nobody reads.
     k_scale, v_scale: what FP8 values are divided by; 1 for other dtypes.
     """
 

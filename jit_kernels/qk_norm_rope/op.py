@@ -1,26 +1,25 @@
 """The attention prologue that the model calls: one contract, several implementations, chosen once.
 
-An implementation is a module with `NAME`, `refusal(request)`, which says why it cannot serve a
-request or None, and `prepare(request)`, which compiles what it needs (KernelUnavailable with the
-compiler's message where that fails) and returns the function that serves a `Call`. `choose` takes
-the first that can, in the order of `IMPLEMENTATIONS` (fastest first), and tells what it passed
-over and why, so that the caller can say it at start-up.
+An implementation is a module with `NAME`, `refusal(request)` and `prepare(request)`, which returns
+the function that serves a `Call`; `jit_kernels.choice` says what they do and how one is chosen.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from jit_kernels import choice as choosing
+from jit_kernels.choice import KernelUnavailable
 from jit_kernels.qk_norm_rope import reference
 from jit_kernels.qk_norm_rope.contract import (
     ALONE,
     CacheWrite,
     Call,
     Group,
-    KernelUnavailable,
     Norm,
     Request,
     Rotation,
@@ -30,30 +29,40 @@ from jit_kernels.qk_norm_rope.contract import (
 Run = Callable[[Call], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Implementation:
-    """One way to serve a call: a name, a test of a request, and what makes it ready."""
-
-    name: str
-    refusal: Callable[[Request], str | None]
-    prepare: Callable[[Request], Run]
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The implementation that serves a request, ready to run, and why it and not a faster one."""
-
-    name: str
-    why: str
-    run: Run
-
+Implementation = choosing.Implementation[Request, Run]
+Choice = choosing.Choice[Run]
 
 REFERENCE = Implementation(
     reference.NAME, refusal=reference.refusal, prepare=lambda request: reference.run
 )
 
+
+def _on_demand(name: str) -> Implementation:
+    """The implementation in the module of that name, imported when it is first asked.
+
+    Triton decides when it is imported whether it compiles or interprets, and a machine without an
+    accelerator need not have it.
+    """
+
+    def module() -> Any:
+        return importlib.import_module(f"jit_kernels.qk_norm_rope.{name}")
+
+    def refusal(request: Request) -> str | None:
+        try:
+            return module().refusal(request)
+        except ImportError as error:
+            return f"it cannot be imported ({error})"
+
+    return Implementation(name, refusal, lambda request: module().prepare(request))
+
+
 # Fastest first; the reference serves everything and stays last.
-IMPLEMENTATIONS: list[Implementation] = [REFERENCE]
+IMPLEMENTATIONS: list[Implementation] = [_on_demand("cuda"), _on_demand("triton"), REFERENCE]
+
+
+def names() -> list[str]:
+    """What the implementations are called, fastest first."""
+    return [implementation.name for implementation in IMPLEMENTATIONS]
 
 
 def choose(request: Request, prefer: str | None = None) -> Choice:
@@ -62,40 +71,7 @@ def choose(request: Request, prefer: str | None = None) -> Choice:
     prefer: the name of the only implementation to consider. Raises KernelUnavailable where it is
     unknown, refuses the request or does not compile.
     """
-    if prefer is not None:
-        return _preferred(request, prefer)
-    passed_over: list[str] = []
-    for implementation in IMPLEMENTATIONS:
-        try:
-            run = _ready(implementation, request)
-        except KernelUnavailable as error:
-            passed_over.append(f"{implementation.name}: {error}")
-            continue
-        return Choice(implementation.name, "; ".join(passed_over) or "the fastest", run)
-    raise KernelUnavailable(
-        "no implementation of the attention prologue: " + "; ".join(passed_over)
-    )
-
-
-def _preferred(request: Request, name: str) -> Choice:
-    known = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
-    if name not in known:
-        raise KernelUnavailable(
-            f"no attention prologue is called {name!r}; known: {', '.join(known)}"
-        )
-    try:
-        return Choice(name, "asked for", _ready(known[name], request))
-    except KernelUnavailable as error:
-        raise KernelUnavailable(
-            f"the attention prologue {name!r} cannot be used: {error}"
-        ) from error
-
-
-def _ready(implementation: Implementation, request: Request) -> Run:
-    refusal = implementation.refusal(request)
-    if refusal is not None:
-        raise KernelUnavailable(refusal)
-    return implementation.prepare(request)
+    return choosing.choose("attention prologue", IMPLEMENTATIONS, request, prefer)
 
 
 def qk_norm_rope_(
@@ -134,5 +110,6 @@ __all__ = [
     "Request",
     "Rotation",
     "choose",
+    "names",
     "qk_norm_rope_",
 ]

@@ -28,6 +28,7 @@ OPTIONAL = ("sglang-kernel", "flashinfer-python", "sgl-deep-ep", "sgl-deep-gemm"
 #: Environment that changes how SGLang finds us.
 ENVIRONMENT = (
     "SGLANG_MINIMAX",
+    "SGLANG_MINIMAX_QK_NORM",
     "SGLANG_PLATFORM",
     "SGLANG_PLUGINS",
     "SGLANG_EXTERNAL_MODEL_PACKAGE",
@@ -168,29 +169,48 @@ def _model_class(report: Report) -> str | None:
 
 
 def _kernels() -> list[dict[str, str]]:
-    """Which implementation of each operator can serve the published shape on this machine."""
+    """Which implementation of each operator can serve the published shape on this machine.
+
+    Nothing is compiled: an implementation that is usable may still fall back when a server starts.
+    """
     import torch
 
-    from jit_kernels.qk_norm_rope import op
+    from jit_kernels.qk_norm_rope import op as prologue
+    from jit_kernels.router import op as router
 
+    device = choice.accelerator() or "cpu"
+    nvidia = device == "cuda" and torch.version.hip is None
+    capability = torch.cuda.get_device_capability() if nvidia else None
     # The published shape at its most common size; an empty config has the architecture's values.
     arch = Architecture.from_config({})
     shard = AttentionShard(8, 0, arch.head_dim, arch.num_heads, arch.num_kv_heads)
-    request = op.Request(
-        device=choice.accelerator() or "cpu",
+    before_attention = prologue.Request(
+        device=device,
         dtype=torch.bfloat16,
         q_heads=shard.q_heads,
         kv_heads=shard.kv_heads,
         head_dim=shard.head_dim,
+        rotary_dim=arch.rotary_dim,
+        cache_dtype=torch.bfloat16,
         group_size=shard.size,
+        capability=capability,
     )
+    before_experts = router.Request(
+        device=device,
+        dtype=torch.bfloat16,
+        experts=arch.num_experts,
+        hidden=arch.hidden_size,
+        top_k=arch.top_k,
+        capability=capability,
+    )
+    found = {
+        "qk_norm_rope": {x.name: x.refusal(before_attention) for x in prologue.IMPLEMENTATIONS},
+        "router": {x.name: x.refusal(before_experts) for x in router.IMPLEMENTATIONS},
+    }
     return [
-        {
-            "operator": "qk_norm_rope",
-            "implementation": implementation.name,
-            "usable": implementation.refusal(request) or "yes",
-        }
-        for implementation in op.IMPLEMENTATIONS
+        {"operator": operator, "implementation": name, "usable": refusal or "yes"}
+        for operator, refusals in found.items()
+        for name, refusal in refusals.items()
     ]
 
 

@@ -13,7 +13,8 @@ from sglang.srt.utils import add_prefix
 from torch import nn
 
 from sglang_minimax.config import Architecture
-from sglang_minimax.layers.qk_norm import QKNorm, ShardedNormWeight
+from sglang_minimax.layers.prologue import Prologue
+from sglang_minimax.layers.qk_norm import ShardedNormWeight
 from sglang_minimax.topology import AttentionShard
 
 
@@ -24,7 +25,7 @@ def attention_shard(arch: Architecture) -> AttentionShard:
 
 
 class MiniMaxM2Attention(nn.Module):
-    """qkv projection, QK norm, rotation, attention, output projection.
+    """qkv projection, prologue (QK norm, rotation, K/V write), attention, output projection.
 
     The output is this rank's share of a sum over the attention-TP group: the layer boundary adds
     the shares, not this module.
@@ -60,7 +61,6 @@ class MiniMaxM2Attention(nn.Module):
         )
         self.q_norm = ShardedNormWeight(shard.q_rows, shard.q_total)
         self.k_norm = ShardedNormWeight(shard.kv_rows, shard.kv_total)
-        self.qk_norm = QKNorm(self.q_norm, self.k_norm, shard, eps=arch.rms_norm_eps)
         self.rotary_emb = get_rope(
             arch.head_dim,
             rotary_dim=arch.rotary_dim,
@@ -78,6 +78,9 @@ class MiniMaxM2Attention(nn.Module):
             quant_config=quant_config,
             prefix=add_prefix("attn", prefix),
         )
+        self.prologue = Prologue(
+            self.q_norm, self.k_norm, shard, self.rotary_emb, self.attn, eps=arch.rms_norm_eps
+        )
 
     def forward(
         self,
@@ -90,10 +93,8 @@ class MiniMaxM2Attention(nn.Module):
             # The whole attention-TP group has no tokens, so nobody waits in the norm's collective.
             return hidden_states
         qkv, _ = self.qkv_proj(hidden_states)
-        widths = (self.shard.q_width, self.shard.kv_width, self.shard.kv_width)
-        q, k, v = qkv.split(widths, dim=-1)  # views: [tokens, heads * head_dim]
-        self.qk_norm(q, k)
-        q, k = self.rotary_emb(positions, q, k)
-        attended = self.attn(q, k, v, forward_batch)  # [tokens, q_heads * head_dim]
+        q, k, v, stored = self.prologue(positions, qkv, forward_batch)
+        # [tokens, q_heads * head_dim]
+        attended = self.attn(q, k, v, forward_batch, save_kv_cache=not stored)
         output, _ = self.o_proj(attended)
         return output

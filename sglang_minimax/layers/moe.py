@@ -13,11 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from sglang_minimax.config import Architecture
+from sglang_minimax.layers.router import Router
 from sglang_minimax.layers.stage import expert_cut_here
 
 
 def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Score every expert for every token in fp32; a router kernel takes this function's place.
+    """Score every expert for every token in fp32, where SGLang's TopK chooses from the scores.
 
     hidden_states: [tokens, hidden], any float dtype; weight: [experts, hidden] fp32.
     Returns [tokens, experts] fp32. A bf16 product would change which experts are chosen.
@@ -78,13 +79,14 @@ class MiniMaxM2MoE(nn.Module):
             routed_scaling_factor=1.0,
         )
         self.topk.bind_runner_backend(self.experts.runner_backend)
+        self.router = Router(self.gate, self.topk)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, hidden]. A rank without tokens still joins the dispatch."""
         if hidden_states.shape[0] == 0:
             chosen = self.topk.empty_topk_output(hidden_states.device)
         else:
-            chosen = self.topk(hidden_states, self.gate(hidden_states))
+            chosen = self.router(hidden_states)
         return self.experts(hidden_states, chosen)
 
     def get_moe_weights(self) -> list[torch.Tensor]:

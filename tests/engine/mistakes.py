@@ -28,15 +28,16 @@ PATIENCE = 120.0
 
 def local_variance_only() -> None:
     """Each rank normalises with its own shard's mean of squares: no reduction."""
-    from sglang_minimax.layers import qk_norm
+    from sglang_minimax.layers.prologue import Prologue
 
-    original = qk_norm.QKNorm.__init__
+    original = Prologue.__init__
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        self._reduce = lambda sums: sums * self._shard.size
+        size = self._group.size
+        self._group = dataclasses.replace(self._group, reduce=lambda sums: sums * size)
 
-    qk_norm.QKNorm.__init__ = __init__  # type: ignore[method-assign]
+    Prologue.__init__ = __init__  # type: ignore[method-assign]
 
 
 def k_norm_cut_like_q() -> None:
@@ -67,9 +68,9 @@ def model_tp_group_in_the_norm() -> None:
     """The QK norm sums over the model-TP group where attention-TP belongs."""
     from sglang.srt.runtime_context import get_parallel
 
-    from sglang_minimax.layers import qk_norm
+    from sglang_minimax.layers import prologue
 
-    qk_norm.attn_tp_all_reduce = lambda sums: get_parallel().tp_group.all_reduce(sums)
+    prologue.attn_tp_all_reduce = lambda sums: get_parallel().tp_group.all_reduce(sums)
 
 
 def norm_weights_of_the_model_tp_rank() -> None:
@@ -100,26 +101,26 @@ def k_norm_of_the_next_head() -> None:
 
 def eps_divided_by_the_width() -> None:
     """eps is added to the sum of squares, so that it acts divided by the width."""
-    from sglang_minimax.layers import qk_norm
+    from sglang_minimax.layers.prologue import Prologue
 
-    original = qk_norm.QKNorm.__init__
+    original = Prologue.__init__
 
-    def __init__(self: Any, q: Any, k: Any, shard: Any, *, eps: float) -> None:
-        original(self, q, k, shard, eps=eps / shard.q_total)
+    def __init__(self: Any, q: Any, k: Any, shard: Any, *args: Any, eps: float) -> None:
+        original(self, q, k, shard, *args, eps=eps / shard.q_total)
 
-    qk_norm.QKNorm.__init__ = __init__  # type: ignore[method-assign]
+    Prologue.__init__ = __init__  # type: ignore[method-assign]
 
 
 def usual_eps() -> None:
     """1e-6 in the QK norm, whatever the config says."""
-    from sglang_minimax.layers import qk_norm
+    from sglang_minimax.layers.prologue import Prologue
 
-    original = qk_norm.QKNorm.__init__
+    original = Prologue.__init__
 
     def __init__(self: Any, *args: Any, eps: float, **kwargs: Any) -> None:
         original(self, *args, eps=1e-6, **kwargs)
 
-    qk_norm.QKNorm.__init__ = __init__  # type: ignore[method-assign]
+    Prologue.__init__ = __init__  # type: ignore[method-assign]
 
 
 def bf16_sum_of_squares() -> None:

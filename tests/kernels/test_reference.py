@@ -84,14 +84,24 @@ def stale_k_in_the_cache(call: Call) -> None:
     before = call.k.clone()
     reference.run(call)
     kept = call.cache.slots >= 0
-    rows = before[kept].view(-1, *call.cache.k_cache.shape[1:])
-    call.cache.k_cache[call.cache.slots[kept]] = rows
+    rows = reference.stored(before[kept], E5M2, call.cache.k_scale)
+    rows = rows.view(-1, *call.cache.k_cache.shape[1:]).view(torch.uint8)
+    call.cache.k_cache.view(torch.uint8)[call.cache.slots[kept]] = rows
 
 
 def padding_written(call: Call) -> None:
     slots = call.cache.slots.clone()
     slots[slots < 0] += call.cache.k_cache.shape[0]
     reference.run(replace(call, cache=replace(call.cache, slots=slots)))
+
+
+def not_saturated(call: Call) -> None:
+    stored = reference.stored
+    reference.stored = lambda x, dtype, scale: (x / scale).to(dtype)
+    try:
+        reference.run(call)
+    finally:
+        reference.stored = stored
 
 
 WRONG = (
@@ -102,12 +112,14 @@ WRONG = (
     no_rotation,
     stale_k_in_the_cache,
     padding_written,
+    not_saturated,
 )
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
 def test_a_plausible_mistake_is_noticed(wrong):
-    case = cases.make_case(7, cache_dtype=torch.bfloat16).with_rows(cases.SPECIALS)
+    # E5M2, which PyTorch's own conversion does not saturate.
+    case = cases.make_case(7, cache_dtype=E5M2).with_rows(cases.SPECIALS)
     assert agrees(case, 16)
     assert not agrees(case, 16, wrong)
 

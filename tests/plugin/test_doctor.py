@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from jit_kernels.qk_norm_rope import op as prologue
+from jit_kernels.router import op as router
 from sglang_minimax import plugin, upstream
 from sglang_minimax.cli.main import app
 
@@ -33,9 +35,14 @@ def test_a_healthy_installation() -> None:
     assert found["versions"]["sglang"] == "0.5.23"
     assert found["model_class"] == "sglang_minimax.models.minimax_m2.MiniMaxM2ForCausalLM"
     assert {row["target"] for row in found["patches"]} == {e.target for e in upstream.entries()}
-    assert {"operator": "qk_norm_rope", "implementation": "reference", "usable": "yes"} in found[
-        "kernels"
+    usable = {(row["operator"], row["implementation"]): row["usable"] for row in found["kernels"]}
+    # Fastest first, and on a machine without an accelerator a reason for each kernel.
+    assert list(usable) == [
+        *(("qk_norm_rope", name) for name in prologue.names()),
+        *(("router", each.name) for each in router.IMPLEMENTATIONS),
     ]
+    for (_, name), answer in usable.items():
+        assert (answer == "yes") == (name == "reference"), answer
     assert found["moved_symbols"] == []
 
 

@@ -1,0 +1,349 @@
+"""The attention prologue in one CUDA launch, the exchange between the ranks included.
+
+The kernel (csrc/kernel.cuh) is compiled for one shape on first use. Ranks of a group push their
+partial sums into one another's buffers (csrc/exchange.cuh), for which a call needs a channel. A
+batch larger than the channel's slots goes in pieces, one launch each.
+
+`prepare_virtual` compiles the same kernel with all ranks of a group in one cooperative launch on
+one device, for tests and benchmarks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from jit_kernels.choice import KernelUnavailable
+from jit_kernels.compile import Unit, architecture, load
+from jit_kernels.qk_norm_rope.channel import FIRST_TICKET, MAX_RANKS, Channel, buffer_bytes
+from jit_kernels.qk_norm_rope.contract import (
+    FP8_TYPES,
+    CacheWrite,
+    Call,
+    Request,
+)
+
+NAME = "cuda"
+
+TYPES = {
+    torch.bfloat16: "__nv_bfloat16",
+    torch.float16: "__half",
+    torch.float8_e4m3fn: "__nv_fp8_e4m3",
+    torch.float8_e5m2: "__nv_fp8_e5m2",
+    None: "void",
+}
+HEAD_DIMS = (64, 128, 256)
+VECTOR = 8  # elements that a thread loads at once
+VECTOR_BYTES = 16
+MAX_STRIDE = 2**32  # of rows, in elements
+MAX_SLOTS = 2**31  # of a cache
+Run = Callable[[Call], None]
+
+
+def refusal(request: Request) -> str | None:
+    """Why the kernel cannot serve `request`, in one sentence, or None."""
+    if request.device.partition(":")[0] != "cuda":
+        return f"the device is {request.device}, not cuda"
+    if request.capability is None or request.capability < (8, 0):
+        return f"the device has capability {request.capability}, the kernel needs 8.0"
+    if request.group_size > 1 and request.no_exchange:
+        return request.no_exchange
+    return shape_refusal(request)
+
+
+def shape_refusal(request: Request) -> str | None:
+    """Why no kernel can be compiled for the shape of `request`, or None; any device."""
+    if request.dtype not in (torch.bfloat16, torch.float16):
+        return f"q is {request.dtype}, the kernel takes bfloat16 and float16"
+    if request.cache_dtype not in (None, request.dtype, *FP8_TYPES):
+        return f"the cache is {request.cache_dtype}, the kernel writes {request.dtype} or FP8"
+    if request.head_dim not in HEAD_DIMS:
+        return f"head_dim is {request.head_dim}, the kernel takes 64, 128 or 256"
+    if request.rotary_dim % (2 * VECTOR) or request.rotary_dim > request.head_dim:
+        return (
+            f"{request.rotary_dim} rotated dimensions are not a multiple of {2 * VECTOR} up to "
+            f"head_dim {request.head_dim}"
+        )
+    if request.q_heads < 1 or request.kv_heads < 1:
+        return f"{request.q_heads} query and {request.kv_heads} KV heads leave nothing to norm"
+    if not 1 <= request.group_size <= MAX_RANKS:
+        return f"the group has {request.group_size} ranks, the kernel takes up to {MAX_RANKS}"
+    return None
+
+
+def prepare(request: Request) -> Run:
+    """Compile the kernel for `request` and return what serves its calls.
+
+    Raises KernelUnavailable with the compiler's message. The returned function raises ValueError,
+    before anything is written, where a call does not fit the request or is not aligned.
+    """
+    kernel = _Kernel(request)
+
+    def run(call: Call) -> None:
+        if problem := _problem(call, request):
+            raise ValueError(f"qk_norm_rope_: {problem}")
+        channel = call.group.channel if request.group_size > 1 else None
+        if channel is None:
+            kernel.launch(call, None)
+            return
+        channel.claim()
+        for piece in pieces(call, channel.slots):
+            kernel.launch(piece, channel)
+
+    return run
+
+
+def prepare_virtual(request: Request, *, exchange: bool = True, slots: int = 8192) -> VirtualGroup:
+    """Compile the kernel with all ranks of the group of `request` in one cooperative launch.
+
+    exchange: False compiles the exchange out: each rank takes the group's size times its own
+    sums. Wrong unless the ranks' sums are equal; it is what the exchange's cost is measured
+    against. slots: tokens of one launch.
+    """
+    return VirtualGroup(request, exchange=exchange, slots=slots)
+
+
+class VirtualGroup:
+    """A group whose ranks share one device; called with every rank's call."""
+
+    def __init__(self, request: Request, *, exchange: bool, slots: int) -> None:
+        """The exchange buffers are made here, on the current CUDA device."""
+        self._request = replace(request, no_exchange="")
+        self._kernel = _Kernel(request, virtual=True, exchange=exchange)
+        size = request.group_size
+        self.buffers = torch.zeros(size, buffer_bytes(size, slots) // 8, dtype=torch.int64).cuda()
+        pointers = [row.data_ptr() for row in self.buffers]
+        self.channel = Channel(
+            rank=0,
+            slots=slots,
+            pointers=torch.tensor(pointers, dtype=torch.int64).cuda(),
+            ticket=torch.full((size,), FIRST_TICKET, dtype=torch.int64).cuda(),
+        )
+
+    def __call__(self, calls: Sequence[Call]) -> None:
+        """Serve one call of every rank.
+
+        The ranks' q must lie at the same distance one after another in one storage, so must their
+        k, v, weights and caches. All share positions and slots. ValueError otherwise.
+        """
+        stacked = stack(calls)
+        for call in calls:
+            if problem := _problem(call, self._request, alone=True):
+                raise ValueError(f"qk_norm_rope_: {problem}")
+        for piece in pieces(stacked, self.channel.slots, dim=1):
+            self._kernel.launch(piece, self.channel)
+
+
+class _Kernel:
+    """One compiled shape and how it is launched."""
+
+    def __init__(self, request: Request, *, virtual: bool = False, exchange: bool = True) -> None:
+        if request.capability is None:
+            raise KernelUnavailable("the device's capability is not known")
+        self._module = load(unit(request, virtual=virtual, exchange=exchange))
+        self._size = request.group_size
+        self._virtual = virtual
+        # A virtual group is launched cooperatively, which leaves nothing to overlap with.
+        self._dependent = request.capability >= (9, 0) and not virtual
+        self._resident = functools.cache(self._module.resident_blocks)
+        try:
+            # Now, since it loads the kernel, which must not happen while a graph is captured.
+            self._resident(torch.cuda.current_device())
+        except RuntimeError as error:
+            raise KernelUnavailable(f"the compiled kernel cannot be loaded: {error}") from error
+
+    def launch(self, call: Call, channel: Channel | None) -> None:
+        """One launch. call: at most as many tokens as the channel has slots."""
+        norm, rotation, cache = call.norm, call.rotation, call.cache
+        tokens = call.q.shape[1 if self._virtual else 0]
+        resident = self._resident(call.q.device.index)
+        share = channel.grid_share if channel is not None else 1
+        blocks = grid(tokens, resident // (self._size if self._virtual else share))
+        self._module.launch(
+            *(call.q, call.k, norm.q_weight, norm.k_weight),
+            *(norm.q_divisor, norm.k_divisor, norm.eps),
+            *((rotation.positions, rotation.cos_sin_cache) if rotation else (None, None)),
+            *((cache.v, cache.k_cache, cache.v_cache, cache.slots) if cache else (None,) * 4),
+            *((cache.k_scale, cache.v_scale) if cache else (1.0, 1.0)),
+            *((channel.pointers, channel.ticket) if channel else (None, None)),
+            *((channel.rank, channel.slots) if channel else (0, 0)),
+            blocks,
+            self._dependent,
+            share == 1,  # launch early: see "lock up the chip" in csrc/exchange.cuh
+        )
+
+
+def unit(request: Request, *, virtual: bool = False, exchange: bool = True) -> Unit:
+    """What is compiled for `request`, whose capability is known."""
+    if request.capability is None:
+        raise KernelUnavailable("the device's capability is not known")
+    shape = shape_arguments(request, virtual=virtual, exchange=exchange)
+    text = f'#include "qk_norm_rope/csrc/binding.cuh"\nQK_NORM_ROPE_EXPORT({shape});\n'
+    name = (
+        f"qk_norm_rope_{request.q_heads}_{request.kv_heads}_{request.head_dim}_"
+        f"{request.rotary_dim}_tp{request.group_size}"
+    )
+    return Unit(name, text, architecture(request.capability))
+
+
+def shape_arguments(request: Request, *, virtual: bool = False, exchange: bool = True) -> str:
+    """The template arguments of the kernel's Shape (csrc/heads.cuh)."""
+    types = (TYPES[request.dtype], TYPES[request.cache_dtype])
+    heads = (request.q_heads, request.kv_heads, request.head_dim, request.rotary_dim)
+    flags = (str(flag).lower() for flag in (virtual, exchange))
+    return ", ".join(map(str, (*types, *heads, request.group_size, *flags)))
+
+
+def grid(tokens: int, room: int) -> int:
+    """Blocks that share `tokens` evenly where at most `room` blocks run at a time.
+
+    >>> grid(7, 264), grid(300, 264), grid(1000, 264)
+    (7, 150, 250)
+    """
+    room = max(room, 1)
+    rounds = -(-tokens // room)
+    return -(-tokens // rounds)
+
+
+def pieces(call: Call, slots: int, dim: int = 0) -> Iterator[Call]:
+    """Split a call into calls of at most `slots` tokens. dim: the tokens' in q, k and v."""
+    tokens = call.q.shape[dim]
+    if tokens <= slots:
+        yield call
+        return
+    for start in range(0, tokens, slots):
+        length = min(slots, tokens - start)
+        rows = functools.partial(torch.narrow, dim=dim, start=start, length=length)
+        part = slice(start, start + length)
+        rotation, cache = call.rotation, call.cache
+        if rotation is not None:
+            rotation = replace(rotation, positions=rotation.positions[part])
+        if cache is not None:
+            cache = replace(cache, v=rows(cache.v), slots=cache.slots[part])
+        yield replace(call, q=rows(call.q), k=rows(call.k), rotation=rotation, cache=cache)
+
+
+def stack(calls: Sequence[Call]) -> Call:
+    """One call whose q, k, v, weights and caches are views with the rank as first dimension."""
+
+    def over(get: Callable[[Call], torch.Tensor]) -> torch.Tensor:
+        return _stacked([get(call) for call in calls])
+
+    first = calls[0]
+    norm = replace(
+        first.norm,
+        q_weight=over(lambda call: call.norm.q_weight),
+        k_weight=over(lambda call: call.norm.k_weight),
+    )
+    cache = first.cache
+    if cache is not None:
+
+        def of_cache(name: str) -> torch.Tensor:
+            return over(lambda call: getattr(call.cache, name))
+
+        cache = replace(
+            cache, v=of_cache("v"), k_cache=of_cache("k_cache"), v_cache=of_cache("v_cache")
+        )
+    return replace(
+        first, q=over(lambda call: call.q), k=over(lambda call: call.k), norm=norm, cache=cache
+    )
+
+
+def _stacked(views: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[ranks, ...] over tensors that lie at one distance from one another in one storage."""
+    first = views[0]
+    starts = [view.storage_offset() for view in views]
+    apart = starts[1] - starts[0] if len(views) > 1 else 0
+    alike = all(
+        view.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and view.shape == first.shape
+        and view.stride() == first.stride()
+        and start == starts[0] + rank * apart
+        for rank, (view, start) in enumerate(zip(views, starts, strict=True))
+    )
+    if not alike or apart < 0:
+        raise ValueError("qk_norm_rope_: the virtual ranks' tensors are not evenly stacked")
+    return first.as_strided((len(views), *first.shape), (apart, *first.stride()), starts[0])
+
+
+def _problem(call: Call, request: Request, *, alone: bool = False) -> str:
+    """Why this call cannot be launched, or "". alone: a virtual rank, which has no channel."""
+    q, k, norm = call.q, call.k, call.norm
+    if q.dtype != request.dtype or (q.shape[1], k.shape[1]) != (request.q_width, request.kv_width):
+        return (
+            f"q and k are {q.dtype}, {q.shape[1]} and {k.shape[1]} wide; the kernel was compiled "
+            f"for {request.dtype}, {request.q_width} and {request.kv_width}"
+        )
+    if call.group.size != request.group_size:
+        return f"the group has {call.group.size} ranks, compiled for {request.group_size}"
+    if request.group_size > 1 and not alone:
+        if call.group.channel is None:
+            return "the group has no channel to exchange its sums"
+        if call.group.channel.size != request.group_size:
+            return f"the channel has {call.group.channel.size} ranks, the group {call.group.size}"
+    for name, weight in (("q", norm.q_weight), ("k", norm.k_weight)):
+        if weight.dtype != q.dtype:
+            return f"the weight of {name} is {weight.dtype} where q is {q.dtype}"
+    tensors: list[tuple[str, torch.Tensor, int]] = [
+        ("q", q, 1),
+        ("k", k, 1),
+        ("the weight of q", norm.q_weight, 1),
+        ("the weight of k", norm.k_weight, 1),
+    ]
+    rotary = 0 if call.rotation is None else call.rotation.rotary_dim
+    if rotary != request.rotary_dim:
+        return f"{rotary} dimensions turn, compiled for {request.rotary_dim}"
+    if call.rotation is not None:
+        if call.rotation.head_dim != request.head_dim:
+            return f"head_dim is {call.rotation.head_dim}, compiled for {request.head_dim}"
+        table = call.rotation.cos_sin_cache
+        if table.dtype != torch.float32:
+            return f"the cos/sin cache is {table.dtype}, not float32"
+        tensors.append(("the cos/sin cache", table, 1))
+    if (call.cache.k_cache.dtype if call.cache else None) != request.cache_dtype:
+        return f"the cache's dtype is not {request.cache_dtype}, which the kernel was compiled for"
+    if call.cache is not None:
+        if problem := _cache_problem(call.cache):
+            return problem
+        tensors += [
+            ("v", call.cache.v, 1),
+            ("the K cache", call.cache.k_cache, 2),
+            ("the V cache", call.cache.v_cache, 2),
+        ]
+    return _alignment_problem(tensors) or _device_problem(call)
+
+
+def _cache_problem(cache: CacheWrite) -> str:
+    slots = cache.k_cache.shape[:-2].numel()
+    return f"a cache of {slots} slots is too large" if slots >= MAX_SLOTS else ""
+
+
+def _alignment_problem(tensors: Sequence[tuple[str, torch.Tensor, int]]) -> str:
+    """tensors: a name, the tensor, and how many of its last dimensions are one contiguous row."""
+    for name, x, inner in tensors:
+        # FP8 only in the cache: eight elements, as of the other dtypes, are eight bytes.
+        need = min(VECTOR_BYTES, VECTOR * x.itemsize)
+        if x.data_ptr() % need:
+            return f"{name} starts at an address that is not a multiple of {need}"
+        for size, stride in zip(x.shape[:-inner], x.stride(), strict=False):
+            if size > 1 and stride * x.itemsize % need:
+                return f"the rows of {name} lie {stride} elements apart, not a multiple of {need} B"
+            if size > 1 and not 0 <= stride < MAX_STRIDE:
+                return f"the rows of {name} lie {stride} elements apart, beyond {MAX_STRIDE}"
+    return ""
+
+
+def _device_problem(call: Call) -> str:
+    """A pointer of another device would end the process, not the call."""
+    here = call.q.device
+    others: list[Any] = [call.k, call.norm.q_weight, call.norm.k_weight]
+    if call.rotation is not None:
+        others += [call.rotation.positions, call.rotation.cos_sin_cache]
+    if call.cache is not None:
+        others += [call.cache.v, call.cache.k_cache, call.cache.v_cache, call.cache.slots]
+    away = [x.device for x in others if x.device != here]
+    return f"q is on {here}, another tensor on {away[0]}" if away else ""

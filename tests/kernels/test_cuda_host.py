@@ -1,0 +1,158 @@
+"""What the CUDA implementation refuses, splits and stacks before any launch; needs no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from jit_kernels.qk_norm_rope import cuda
+from jit_kernels.qk_norm_rope.contract import Call, Group, Request
+from tests.kernels.cases import cut, make_case
+
+REQUEST = Request(
+    device="cuda",
+    dtype=torch.bfloat16,
+    q_heads=6,
+    kv_heads=1,
+    head_dim=128,
+    rotary_dim=64,
+    cache_dtype=torch.bfloat16,
+    group_size=8,
+    capability=(9, 0),
+)
+CHANNEL: Any = SimpleNamespace(size=8)
+
+
+def call_of(tokens: int = 5, *, group: Group | None = None, **options: Any) -> Call:
+    """A call of rank 3 of TP8 that fits REQUEST."""
+    layout = {name: options.pop(name) for name in ("offset", "spare_columns") if name in options}
+    options.setdefault("cache_dtype", torch.bfloat16)
+    rank = cut(make_case(tokens, **options), 8, 3, **layout)
+    return rank.call(group or Group(8, channel=CHANNEL))
+
+
+def test_request_that_fits_is_not_refused() -> None:
+    assert cuda.refusal(REQUEST) is None
+    assert cuda.refusal(replace(REQUEST, group_size=3, device="cuda:1")) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"device": "cpu"}, "device is cpu"),
+        ({"capability": (7, 5)}, "needs 8.0"),
+        ({"capability": None}, "needs 8.0"),
+        ({"dtype": torch.float32}, "float32"),
+        ({"cache_dtype": torch.float32}, "cache is torch.float32"),
+        ({"cache_dtype": torch.float16}, "cache is torch.float16"),
+        ({"head_dim": 96}, "head_dim is 96"),
+        ({"rotary_dim": 40}, "40 rotated"),
+        ({"rotary_dim": 144}, "144 rotated"),
+        ({"kv_heads": 0}, "0 KV heads"),
+        ({"group_size": 17}, "17 ranks"),
+        ({"no_exchange": "the group spans domains"}, "^the group spans domains$"),
+    ],
+)
+def test_request_is_refused_in_a_sentence(change: dict[str, Any], why: str) -> None:
+    with pytest.raises(AssertionError, match=why):
+        raise AssertionError(cuda.refusal(replace(REQUEST, **change)))
+
+
+def test_lone_rank_needs_no_exchange() -> None:
+    assert cuda.refusal(replace(REQUEST, group_size=1, no_exchange="it spans domains")) is None
+
+
+def test_call_that_fits_has_no_problem() -> None:
+    assert cuda._problem(call_of(), REQUEST) == ""
+    # One row has no stride that matters, whatever its tensor says.
+    assert cuda._problem(call_of(1, spare_columns=3), REQUEST) == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"offset": 1}, "q starts at an address"),
+        ({"offset": 4}, "q starts at an address"),
+        ({"spare_columns": 4}, "rows of q lie"),
+        ({"dtype": torch.float16, "cache_dtype": torch.float16}, "float16"),
+        ({"heads": (48, 16)}, "wide"),
+        ({"rotary_dim": 32}, "32 dimensions turn"),
+        ({"rotary_dim": 0}, "0 dimensions turn"),
+        ({"cache_dtype": None}, "the cache's dtype"),
+        ({"cache_dtype": torch.float8_e5m2}, "the cache's dtype"),
+        ({"group": Group(4, channel=CHANNEL)}, "4 ranks"),
+        ({"group": Group(8)}, "no channel"),
+        ({"group": Group(8, channel=SimpleNamespace(size=4))}, "channel has 4"),  # type: ignore[arg-type]
+    ],
+)
+def test_call_that_does_not_fit_is_told(options: dict[str, Any], why: str) -> None:
+    assert why in cuda._problem(call_of(**options), REQUEST)
+
+
+def test_other_pointers_are_checked_too() -> None:
+    call = call_of()
+    assert call.rotation is not None
+    assert call.cache is not None
+    half = replace(call.rotation, cos_sin_cache=call.rotation.cos_sin_cache.half())
+    assert "not float32" in cuda._problem(replace(call, rotation=half), REQUEST)
+    table = torch.zeros(257 * 64 + 1)[1:].view(257, 64)
+    shifted = replace(call.rotation, cos_sin_cache=table)
+    assert "cos/sin cache starts" in cuda._problem(replace(call, rotation=shifted), REQUEST)
+    weight = torch.zeros(6 * 128 + 1, dtype=torch.bfloat16)[1:]
+    norm = replace(call.norm, q_weight=weight)
+    assert "weight of q starts" in cuda._problem(replace(call, norm=norm), REQUEST)
+    norm = replace(call.norm, k_weight=call.norm.k_weight.float())
+    assert "weight of k is torch.float32" in cuda._problem(replace(call, norm=norm), REQUEST)
+    for name in ("k_cache", "v_cache"):
+        odd = torch.zeros(9, 132, dtype=torch.bfloat16)[:, :128].unflatten(1, (1, 128))
+        cache = replace(call.cache, **{name: odd})
+        assert "apart" in cuda._problem(replace(call, cache=cache), REQUEST)
+
+
+def test_rows_too_far_apart_for_the_kernels_stride_are_told() -> None:
+    far = torch.empty(8, dtype=torch.bfloat16).as_strided((1, 8), (2**32, 1))
+    twice = torch.empty(2, 8, dtype=torch.bfloat16, device="meta").as_strided((2, 8), (2**32, 1))
+    assert cuda._alignment_problem([("q", far, 1)]) == ""
+    assert "beyond" in cuda._alignment_problem([("q", twice, 1)])
+
+
+def test_pieces_cover_every_token_once_and_share_memory() -> None:
+    call = call_of(23)
+    parts = list(cuda.pieces(call, 8))
+    assert [part.tokens for part in parts] == [8, 8, 7]
+    assert call.cache is not None
+    assert call.rotation is not None
+    for get in (
+        lambda part: part.q,
+        lambda part: part.k,
+        lambda part: part.cache.v,
+        lambda part: part.cache.slots,
+        lambda part: part.rotation.positions,
+    ):
+        assert torch.equal(torch.cat([get(part) for part in parts]), get(call))
+    parts[1].q.fill_(1)
+    assert (call.q[8:16] == 1).all()
+    assert [part.tokens for part in cuda.pieces(call_of(24), 8)] == [8, 8, 8]
+    assert next(cuda.pieces(call, 23)) is call
+
+
+def test_grid_is_even_and_fits() -> None:
+    for tokens in (1, 2, 131, 263, 264, 265, 529, 8192):
+        blocks = cuda.grid(tokens, 264)
+        assert 1 <= blocks <= min(tokens, 264)
+        # No more rounds than the full chip would need.
+        assert -(-tokens // blocks) == -(-tokens // 264)
+
+
+def test_stack_has_the_rank_first() -> None:
+    packed = torch.arange(3 * 4 * 10.0).view(3, 4, 10)
+    stacked = cuda._stacked([packed[rank, :, 2:5] for rank in range(3)])
+    assert torch.equal(stacked, packed[:, :, 2:5])
+    assert stacked.data_ptr() == packed[0, :, 2:].data_ptr()
+    for wrong in ([packed[0], packed[2], packed[1]], [packed[0], packed[1].clone()]):
+        with pytest.raises(ValueError, match="not evenly stacked"):
+            cuda._stacked(wrong)
