@@ -25,5 +25,11 @@ class TopologyError(MinimaxError):
     """The model cannot be divided over the requested ranks."""
 
 
+class PathError(MinimaxError):
+    """The kernel that the environment asks for does not run here; all ranks say the same."""
+
+    is_of_all_ranks = True
+
+
 class LoadError(MinimaxError):
     """The checkpoint does not fill the model exactly once."""

@@ -29,6 +29,7 @@ OPTIONAL = ("sglang-kernel", "flashinfer-python", "sgl-deep-ep", "sgl-deep-gemm"
 ENVIRONMENT = (
     "SGLANG_MINIMAX",
     "SGLANG_MINIMAX_QK_NORM",
+    "SGLANG_MINIMAX_ROUTER",
     "SGLANG_PLATFORM",
     "SGLANG_PLUGINS",
     "SGLANG_EXTERNAL_MODEL_PACKAGE",

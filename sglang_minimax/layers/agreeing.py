@@ -1,19 +1,46 @@
-"""How the ranks of an attention-TP group come to one answer while layers are built."""
+"""How the ranks of a group come to one answer while layers are built: which kernel they run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+
+from sglang_minimax.errors import PathError
 
 T = TypeVar("T")
 # What each rank of the group has, in its order, to every rank: collective, and a barrier.
 Gather = Callable[[T], list[T]]
 
 
-def group_gather(device: str, size: int) -> Gather[Any]:
-    """Gather a picklable value over the attention-TP group, through the host.
+#: Why the CPU gets plain PyTorch: a kernel could be interpreted there, a thousand times slower.
+NO_ACCELERATOR = "no accelerator for a kernel"
+
+
+def asked_for(variable: str, known: Sequence[str]) -> str | None:
+    """The path that the environment asks for, None where it leaves the choice to us.
+
+    Raises PathError where the name is not one of `known`.
+    """
+    name = os.environ.get(variable) or None
+    if name is not None and name not in known:
+        raise PathError(
+            f"{variable}={name} is not known; use one of {', '.join(known)}, or unset it."
+        )
+    return name
+
+
+def not_served(variable: str, name: str, why: str) -> PathError:
+    """What ends the start where the path that was asked for does not run."""
+    return PathError(f"{variable}={name}: {why}; unset it for a path that runs here.")
+
+
+def group_gather(device: str, size: int, kind: str = "attn_tp_group") -> Gather[Any]:
+    """Gather a picklable value over a group, through the host.
+
+    kind: SGLang's name for the group; size: its ranks.
 
     Alone, and on the CPU, where ranks run the same code on the same machine and cannot differ, the
     rank's own value stands for all.
@@ -23,7 +50,7 @@ def group_gather(device: str, size: int) -> Gather[Any]:
     # Here, so that the rules of agreement can be tested without SGLang.
     from sglang.srt.runtime_context import get_parallel
 
-    group = get_parallel().attn_tp_group.cpu_group
+    group = getattr(get_parallel(), kind).cpu_group
 
     def gather(value: T) -> list[T]:
         found: list[Any] = [None] * size

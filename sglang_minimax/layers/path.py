@@ -6,15 +6,19 @@ for ever for one that reduces them with a collective.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from jit_kernels.qk_norm_rope import op
 from jit_kernels.qk_norm_rope.op import Choice, KernelUnavailable, Request
-from sglang_minimax.errors import MinimaxError
-from sglang_minimax.layers.agreeing import Gather, first_problem
+from sglang_minimax.layers.agreeing import (
+    NO_ACCELERATOR,
+    Gather,
+    asked_for,
+    first_problem,
+    not_served,
+)
 
 if TYPE_CHECKING:
     from jit_kernels.qk_norm_rope.channel import Channel
@@ -29,20 +33,9 @@ Chooser = Callable[[Request, str | None], Choice]
 Opener = Callable[[], "tuple[Channel | None, str]"]
 
 
-class PrologueError(MinimaxError):
-    """The implementation that was asked for does not run here; all ranks say the same."""
-
-    is_of_all_ranks = True
-
-
 def forced() -> str | None:
     """The implementation that the environment asks for, None where it leaves the choice to us."""
-    name = os.environ.get(VARIABLE) or None
-    if name is not None and name not in op.names():
-        raise PrologueError(
-            f"{VARIABLE}={name} is not known; use one of {', '.join(op.names())}, or unset it."
-        )
-    return name
+    return asked_for(VARIABLE, op.names())
 
 
 def prepare(
@@ -83,20 +76,17 @@ def choose_together(
 ) -> Choice:
     """Return the fastest implementation that every rank of the group can run. Collective.
 
-    name: the only one to consider, or None. Raises PrologueError, on every rank, where a rank
+    name: the only one to consider, or None. Raises PathError, on every rank, where a rank
     cannot run it.
     """
     if name is not None:
         forced_choice = only(request, name, gather, chooser)
         if isinstance(forced_choice, str):
-            raise PrologueError(
-                f"{VARIABLE}={name}: {forced_choice}; unset it for a path that runs here."
-            )
+            raise not_served(VARIABLE, name, forced_choice)
         return forced_choice
     order = op.names()
     if request.device == "cpu":
-        # A kernel that can be interpreted there could be chosen, a thousand times slower.
-        return replace(chooser(request, order[-1]), why="no accelerator for a kernel")
+        return replace(chooser(request, order[-1]), why=NO_ACCELERATOR)
     mine = chooser(request, None)
     while True:
         found = gather((mine.name, mine.why))

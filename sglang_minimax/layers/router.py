@@ -10,7 +10,6 @@ says which; SGLANG_MINIMAX_ROUTER=triton, reference or sglang forces one.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -23,7 +22,14 @@ from torch import nn
 
 from jit_kernels.router import op, reference
 from jit_kernels.router.op import Choice, KernelUnavailable, Request
-from sglang_minimax.errors import MinimaxError
+from sglang_minimax.layers.agreeing import (
+    NO_ACCELERATOR,
+    Gather,
+    asked_for,
+    first_problem,
+    group_gather,
+    not_served,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,38 +38,27 @@ VARIABLE = "SGLANG_MINIMAX_ROUTER"
 SGLANG = "sglang"
 
 Chooser = Callable[[Request, str | None], Choice]
-# What every rank of the model-TP group has to say, empty where it can run our operator. Collective.
-Gather = Callable[[str], list[str]]
-
-
-class RouterError(MinimaxError):
-    """The router that was asked for does not run here; all ranks say the same."""
-
-    is_of_all_ranks = True
 
 
 def forced() -> str | None:
     """The path that the environment asks for, None where it leaves the choice to us."""
-    name = os.environ.get(VARIABLE) or None
-    known = [SGLANG, *(implementation.name for implementation in op.IMPLEMENTATIONS)]
-    if name is not None and name not in known:
-        raise RouterError(
-            f"{VARIABLE}={name} is not known; use one of {', '.join(sorted(known))}, or unset it."
-        )
-    return name
+    return asked_for(
+        VARIABLE, [*(implementation.name for implementation in op.IMPLEMENTATIONS), SGLANG]
+    )
 
 
 def decide(
     request: Request,
     name: str | None,
     not_ours: str,
-    gather: Gather,
+    gather: Gather[str],
     chooser: Chooser = op.choose,
 ) -> tuple[Choice | None, str]:
     """Our operator's implementation, None for SGLang's path, and why. Collective.
 
     name: as `forced` returns it. not_ours: why our operator has no place in this server, if it has
-    none. Raises RouterError, on every rank, where what was asked for does not run.
+    none. gather: over the model-TP group. Raises PathError, on every rank, where what was asked for
+    does not run.
     """
     if name == SGLANG:
         return None, "asked for"
@@ -72,11 +67,9 @@ def decide(
         choice, problem = _ours(request, name, chooser)
         # Ranks route the same tokens and add up their experts' outputs: they must not differ in a
         # bit, so all run the same kernel.
-        problem = next((each for each in gather(problem) if each), "")
+        problem = first_problem(gather)(problem)
     if name is not None and problem:
-        raise RouterError(
-            f"{VARIABLE}={name} cannot be served: {problem}; unset it for a path that runs here."
-        )
+        raise not_served(VARIABLE, name, problem)
     return (None, problem) if problem or choice is None else (choice, choice.why)
 
 
@@ -84,9 +77,7 @@ def _ours(request: Request, name: str | None, chooser: Chooser) -> tuple[Choice 
     """The implementation for this rank, or why it has none."""
     try:
         if name is None and request.device == "cpu":
-            # A kernel that is interpreted could be chosen there, a thousand times slower.
-            found = replace(chooser(request, reference.NAME), why="no accelerator for a kernel")
-            return found, ""
+            return replace(chooser(request, reference.NAME), why=NO_ACCELERATOR), ""
         choice = chooser(request, name)
     except KernelUnavailable as error:
         return None, str(error)
@@ -213,8 +204,9 @@ def _not_ours(topk: TopK) -> str:
 @cache
 def _decided(request: Request, not_ours: str) -> Choice | None:
     """Decide once for all layers of a shape, with one line from the first rank. Collective."""
-    choice, why = decide(request, forced(), not_ours, _gather(request.device))
     parallel = get_parallel()
+    gather = group_gather(request.device, parallel.tp_group.world_size, "tp_group")
+    choice, why = decide(request, forced(), not_ours, gather)
     if parallel.tp_rank == 0 and parallel.pp_rank == 0:
         name = SGLANG if choice is None else choice.name
         logger.info("Router: %s on %s (%s)", name, request.device, why)
@@ -224,17 +216,3 @@ def _decided(request: Request, not_ours: str) -> Choice | None:
 @cache
 def _chosen(request: Request, name: str) -> Choice:
     return op.choose(request, name)
-
-
-def _gather(device: str) -> Gather:
-    """Over the model-TP group, through the host; on the CPU ranks cannot differ."""
-    group = get_parallel().tp_group
-    if group.world_size == 1 or device == "cpu":
-        return lambda problem: [problem]
-
-    def gather(problem: str) -> list[str]:
-        found: list[str] = [""] * group.world_size
-        torch.distributed.all_gather_object(found, problem, group=group.cpu_group)
-        return found
-
-    return gather

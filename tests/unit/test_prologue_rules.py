@@ -11,6 +11,7 @@ import torch
 
 from jit_kernels.qk_norm_rope import op
 from jit_kernels.qk_norm_rope.op import Choice, KernelUnavailable, Request
+from sglang_minimax.errors import PathError
 from sglang_minimax.layers import path
 from sglang_minimax.layers.agreeing import first_problem, group_gather
 from sglang_minimax.layers.fusion import (
@@ -234,7 +235,7 @@ def test_a_forced_path_is_refused_on_all_ranks_or_none() -> None:
 
     assert [each.name for each in force("reference")] == ["reference"] * 3
     refused = force("triton")
-    assert [type(each) for each in refused] == [path.PrologueError] * 3
+    assert [type(each) for each in refused] == [PathError] * 3
     assert {str(each) for each in refused} == {
         "SGLANG_MINIMAX_QK_NORM=triton: rank 2: triton: no compiler; unset it for a path that "
         "runs here."
@@ -256,7 +257,7 @@ def test_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(path.VARIABLE, "triton")
     assert path.forced() == "triton"
     monkeypatch.setenv(path.VARIABLE, "Triton")
-    with pytest.raises(path.PrologueError, match="use one of cuda, triton, reference, or unset"):
+    with pytest.raises(PathError, match="use one of cuda, triton, reference, or unset"):
         path.forced()
 
 
