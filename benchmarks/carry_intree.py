@@ -33,6 +33,7 @@ WANTED = (
     "sglang.kernels.ops.attention.rope",
     "sglang.kernels.ops.kvcache.kvcache",
     "sglang.kernels.ops.communication.all_reduce",
+    "sglang.kernels.ops.moe.moe_fused_gate",
 )
 NORM_SOURCE = "srt/models/minimax_m2.py"
 NORM_MODULE = "intree_minimax_m2_norm"

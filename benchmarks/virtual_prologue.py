@@ -97,7 +97,10 @@ def compiled(request: Request, *, exchange: bool) -> Callable[[list[Call]], None
         from jit_kernels.qk_norm_rope import cuda
     except ImportError as error:
         raise KernelUnavailable(str(error)) from error
-    return cuda.prepare_virtual(request, exchange=exchange)
+    exchanging = cuda.prepare_virtual(request)
+    if exchange:
+        return exchanging
+    return cuda.prepare_virtual(request, exchange=False, room=exchanging.room)
 
 
 def prepare(stacked: Stacked, *, exchange: bool) -> Work:

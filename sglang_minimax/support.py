@@ -17,6 +17,8 @@ from sglang_minimax.topology import expert_cut
 
 # What SGLang may do with plain weights while they are loaded.
 ONLINE = (None, "fp8")
+# Routes by a softmax over the logits inside SGLang's TopK, without sigmoid, bias or our router.
+SOFTMAX_RUNNER = "triton_kernel"
 # Draft algorithms that read residuals captured on one pipeline stage.
 CAPTURING_ALGORITHMS = ("EAGLE3", "DFLASH", "DSPARK")
 
@@ -30,6 +32,7 @@ class Launch(legality.Sizes):
     speculative_algorithm: str | None = None
     quantization: str | None = None
     moe_a2a_backend: str = "none"
+    moe_runner_backend: str = "auto"
     enable_return_hidden_states: bool = False
     enable_eplb: bool = False
     init_expert_location: str = expert_placement.TRIVIAL
@@ -110,6 +113,14 @@ def _overlap(arch: Architecture, launch: Launch) -> Iterator[str]:
         )
 
 
+def _routing(arch: Architecture, launch: Launch) -> Iterator[str]:
+    if launch.moe_runner_backend == SOFTMAX_RUNNER:
+        yield (
+            f"--moe-runner-backend {SOFTMAX_RUNNER} chooses experts by a softmax without their "
+            "bias, which is not this model; use --moe-runner-backend auto or triton."
+        )
+
+
 def _placement(arch: Architecture, launch: Launch) -> Iterator[str]:
     if launch.enable_eplb and launch.ep == 1:
         remedy = f"use --ep-size {launch.tp} or " if launch.tp > 1 else ""
@@ -172,6 +183,7 @@ CHECKS: tuple[Check, ...] = (
     _speculation,
     _hidden_states,
     _overlap,
+    _routing,
     _placement,
     _format,
 )

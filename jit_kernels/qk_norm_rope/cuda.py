@@ -97,24 +97,29 @@ def prepare(request: Request) -> Run:
     return run
 
 
-def prepare_virtual(request: Request, *, exchange: bool = True, slots: int = 8192) -> VirtualGroup:
+def prepare_virtual(
+    request: Request, *, exchange: bool = True, slots: int = 8192, room: int | None = None
+) -> VirtualGroup:
     """Compile the kernel with all ranks of the group of `request` in one cooperative launch.
 
     exchange: False compiles the exchange out: each rank takes the group's size times its own
     sums. Wrong unless the ranks' sums are equal; it is what the exchange's cost is measured
-    against. slots: tokens of one launch.
+    against, on the same grid. slots: tokens of one launch. room: blocks of one rank at most, by
+    default as many as run at a time beside those of the other ranks.
     """
-    return VirtualGroup(request, exchange=exchange, slots=slots)
+    return VirtualGroup(request, exchange=exchange, slots=slots, room=room)
 
 
 class VirtualGroup:
     """A group whose ranks share one device; called with every rank's call."""
 
-    def __init__(self, request: Request, *, exchange: bool, slots: int) -> None:
+    def __init__(self, request: Request, *, exchange: bool, slots: int, room: int | None) -> None:
         """The exchange buffers are made here, on the current CUDA device."""
         self._request = replace(request, no_exchange="")
         self._kernel = _Kernel(request, virtual=True, exchange=exchange)
         size = request.group_size
+        own = self._kernel.resident(torch.cuda.current_device()) // size
+        self.room = own if room is None else min(own, room)
         self.buffers = torch.zeros(size, buffer_bytes(size, slots) // 8, dtype=torch.int64).cuda()
         pointers = [row.data_ptr() for row in self.buffers]
         self.channel = Channel(
@@ -135,7 +140,7 @@ class VirtualGroup:
             if problem := _problem(call, self._request, alone=True):
                 raise ValueError(f"qk_norm_rope_: {problem}")
         for piece in pieces(stacked, self.channel.slots, dim=1):
-            self._kernel.launch(piece, self.channel)
+            self._kernel.launch(piece, self.channel, self.room)
 
 
 class _Kernel:
@@ -145,24 +150,27 @@ class _Kernel:
         if request.capability is None:
             raise KernelUnavailable("the device's capability is not known")
         self._module = load(unit(request, virtual=virtual, exchange=exchange))
-        self._size = request.group_size
         self._virtual = virtual
         # A virtual group is launched cooperatively, which leaves nothing to overlap with.
         self._dependent = request.capability >= (9, 0) and not virtual
-        self._resident = functools.cache(self._module.resident_blocks)
+        self.resident: Callable[[int], int] = functools.cache(self._module.resident_blocks)
         try:
             # Now, since it loads the kernel, which must not happen while a graph is captured.
-            self._resident(torch.cuda.current_device())
+            self.resident(torch.cuda.current_device())
         except RuntimeError as error:
             raise KernelUnavailable(f"the compiled kernel cannot be loaded: {error}") from error
 
-    def launch(self, call: Call, channel: Channel | None) -> None:
-        """One launch. call: at most as many tokens as the channel has slots."""
+    def launch(self, call: Call, channel: Channel | None, room: int | None = None) -> None:
+        """One launch. call: at most as many tokens as the channel has slots.
+
+        room: blocks at most, by default this channel's share of those that run at a time.
+        """
         norm, rotation, cache = call.norm, call.rotation, call.cache
         tokens = call.q.shape[1 if self._virtual else 0]
-        resident = self._resident(call.q.device.index)
         share = channel.grid_share if channel is not None else 1
-        blocks = grid(tokens, resident // (self._size if self._virtual else share))
+        if room is None:
+            room = self.resident(call.q.device.index) // share
+        blocks = grid(tokens, room)
         self._module.launch(
             *(call.q, call.k, norm.q_weight, norm.k_weight),
             *(norm.q_divisor, norm.k_divisor, norm.eps),

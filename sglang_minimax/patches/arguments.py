@@ -131,6 +131,7 @@ def launch_of(server_args: Any) -> Launch:
         speculative_algorithm=cfg.speculative_algorithm,
         quantization=model_config_of(server_args).quantization,
         moe_a2a_backend=cfg.moe_a2a_backend,
+        moe_runner_backend=cfg.moe_runner_backend,
         enable_return_hidden_states=cfg.enable_return_hidden_states,
         enable_eplb=cfg.enable_eplb,
         init_expert_location=cfg.init_expert_location,

@@ -40,8 +40,10 @@ EXACT = 1e-4
 # rule or a wrong weight is off in every step: so the median of the steps is what must be exact.
 ROUNDED_WORST = 0.3
 #: SGLang's static ModelSlim layers refuse fp32. In bf16 values are rounded about seven times a
-#: layer: sqrt(21) * 2**-9 of logits of up to 15.
-IN_BF16, BF16 = ("modelslim-static",), 0.3
+#: layer: sqrt(21) * 2**-9 of logits of up to 15 are 0.13. Observed 0.08 to 0.09; 0.15 with the one
+#: offset of o_proj off by one. The worst step says nothing: a router's near tie sends about one
+#: token in twenty to another expert than in fp32, and then a logit is off by up to 2.
+IN_BF16, BF16 = ("modelslim-static",), 0.13
 STEPS = 8
 
 
@@ -117,5 +119,8 @@ def test_agrees_with_transformers(
     worst, typical = float(found_errors.max()), float(found_errors.median())
     rounded = fixture.activations is not None and fixture.activations not in NOT_EMULATED
     print(f"{name} {shape}: worst {worst:.1e}, median {typical:.1e}")
+    if name in IN_BF16:
+        assert typical < BF16
+        return
     assert worst < (ROUNDED_WORST if rounded else EXACT)
-    assert typical < (BF16 if name in IN_BF16 else EXACT)
+    assert typical < EXACT

@@ -155,6 +155,13 @@ def test_overlap_and_formats():
     assert "awq" in only(BF16, quantization="awq")
 
 
+def test_a_runner_that_routes_by_a_softmax():
+    sentence = only(BF16, moe_runner_backend="triton_kernel")
+    assert sentence.endswith("use --moe-runner-backend auto or triton.")
+    for runner in ("auto", "triton"):
+        assert refusals(BF16, Launch(moe_runner_backend=runner)) == []
+
+
 def test_several_reasons_are_all_said():
     assert len(refusals(BF16, Launch(tp=5, pp=99, enable_two_batch_overlap=True))) == 4
     # Blocks of FP8 experts are dealt to five ranks, too.
