@@ -161,5 +161,5 @@ def make(setting: Setting, *, rotary_dim: int | None = None, seed: int = 7) -> I
         caches = [torch.zeros(shape, device=device).to(setting.case.cache_dtype) for _ in "kv"]
         # Slot 0 is the one that SGLang keeps for padding.
         chosen = torch.randperm(slots - 1, generator=generator, device=device)[: setting.tokens]
-        cache = CacheWrite(v, caches[0], caches[1], chosen + 1)
+        cache = CacheWrite(v, caches[0], caches[1], chosen + 1, first_slot=1)
     return Inputs(setting, packed, q, k, v, norm, rotation, cache)

@@ -8,7 +8,7 @@ The prologue of one layer, for q, k and v as the QKV projection wrote them:
   K cache[slot] <- z of k,  V cache[slot] <- v                              optional
 
 FP8 caches hold x / scale computed in fp32, saturated, rounded once from the fp32 value (not from
-the rounded k). A negative slot is not written. v is never written to.
+the rounded k). A slot below the first one is not written. v is never written to.
 """
 
 from __future__ import annotations
@@ -104,9 +104,10 @@ class CacheWrite:
     k_cache, v_cache: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim] where
     slot s is page s // page_size, row s % page_size. The last two dimensions are contiguous, the
     others have any stride, and the two caches need not share theirs. The dtype is q's, or FP8.
-    slots: [tokens] int64 or int32; a negative one is not written. Of rows that name the same slot
-    any one may be the one that stays: SGLang's padding all goes to slot 0, which nobody reads.
-    k_scale, v_scale: what FP8 values are divided by; 1 for other dtypes.
+    slots: [tokens] int64 or int32; one below first_slot is not written. Of rows that name the same
+    slot any one may be the one that stays. k_scale, v_scale: what FP8 values are divided by; 1 for
+    other dtypes. first_slot: 0, or where a cache begins that keeps slots for padding: SGLang's
+    rows of padding name slot 0, and its own kernel leaves that alone too.
     """
 
     v: torch.Tensor
@@ -115,6 +116,7 @@ class CacheWrite:
     slots: torch.Tensor
     k_scale: float = 1.0
     v_scale: float = 1.0
+    first_slot: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +206,8 @@ def _cache_problem(cache: CacheWrite, k: torch.Tensor) -> str:
         return "the K and V caches differ in dtype or shape"
     if cache.k_cache.dtype not in FP8_TYPES and (cache.k_scale, cache.v_scale) != (1.0, 1.0):
         return f"a cache of {cache.k_cache.dtype} takes no scale"
+    if cache.first_slot < 0:
+        return f"the first slot is {cache.first_slot}; negative ones are never written"
     return _index_problem("slots", cache.slots, k.shape[0])
 
 

@@ -176,7 +176,7 @@ class _Kernel:
             *(norm.q_divisor, norm.k_divisor, norm.eps),
             *((rotation.positions, rotation.cos_sin_cache) if rotation else (None, None)),
             *((cache.v, cache.k_cache, cache.v_cache, cache.slots) if cache else (None,) * 4),
-            *((cache.k_scale, cache.v_scale) if cache else (1.0, 1.0)),
+            *((cache.k_scale, cache.v_scale, cache.first_slot) if cache else (1.0, 1.0, 0)),
             *((channel.pointers, channel.ticket) if channel else (None, None)),
             *((channel.rank, channel.slots) if channel else (0, 0)),
             blocks,

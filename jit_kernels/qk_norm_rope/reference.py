@@ -90,7 +90,7 @@ def apply_(call: Call, sums: torch.Tensor) -> None:
 
 def _write(cache: CacheWrite, k: torch.Tensor) -> None:
     """Store K (exact, not yet rounded) and V in the slots of the tokens that have one."""
-    kept = cache.slots >= 0
+    kept = cache.slots >= cache.first_slot
     slots = cache.slots[kept].long()
     sides = ((cache.k_cache, k, cache.k_scale), (cache.v_cache, cache.v.to(k.dtype), cache.v_scale))
     for buffer, x, scale in sides:

@@ -90,7 +90,8 @@ def _kernels() -> ModuleType:
 def prepare(request: Request) -> Callable[[Call], None]:
     """Compile the usual variant for `request` and return what serves its calls.
 
-    The usual variant has aligned, packed rows and int64 indices; others compile when first used.
+    The usual variant has aligned, packed rows, int64 indices and a padding slot; others compile
+    when first used.
     Raises KernelUnavailable with the compiler's message. Interpreted, nothing is compiled.
     """
     kernels = _kernels()
@@ -160,7 +161,7 @@ def usual_call(request: Request) -> Call:
         rotation = Rotation(index, angles, request.head_dim)
     if request.cache_dtype is not None:
         buffer = empty(1, request.kv_heads, request.head_dim, dtype=request.cache_dtype)
-        cache = CacheWrite(v, buffer, buffer, index)
+        cache = CacheWrite(v, buffer, buffer, index, first_slot=1)
     return Call(q, k, norm, Group(request.group_size), rotation, cache)
 
 
@@ -215,6 +216,7 @@ def _cache_arguments(cache: CacheWrite | None, unused: torch.Tensor) -> dict[str
             **dict.fromkeys(("v", "k_cache", "v_cache", "slots"), unused),
             **dict.fromkeys((f"{name}_stride" for name in strides), 0),
             **dict.fromkeys(("k_scale", "v_scale"), 1.0),
+            "first_slot": 0,
             **dict.fromkeys(("PAGE_SIZE", "MANTISSA", "BIAS", "LARGEST"), 0),
         }
     paged = cache.k_cache.dim() == 4
@@ -235,6 +237,7 @@ def _cache_arguments(cache: CacheWrite | None, unused: torch.Tensor) -> dict[str
         "v_slot_stride": v_cache.stride(1) if paged else 0,
         "k_scale": float(cache.k_scale),
         "v_scale": float(cache.v_scale),
+        "first_slot": cache.first_slot,
         "PAGE_SIZE": cache.k_cache.shape[1] if paged else 1,
         "MANTISSA": mantissa,
         "BIAS": bias,

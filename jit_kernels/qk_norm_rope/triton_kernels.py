@@ -133,6 +133,7 @@ def prologue_kernel(
     eps,
     k_scale,
     v_scale,
+    first_slot,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -194,7 +195,7 @@ def prologue_kernel(
     k_inverse = _inverse(k_sum, k_divisor, eps)
 
     if PAGE_SIZE > 0:
-        written = slot >= 0
+        written = slot >= first_slot
         k_slot = _slot_row(k_cache, slot, k_page_stride, k_slot_stride, PAGE_SIZE)
         v_slot = _slot_row(v_cache, slot, v_page_stride, v_slot_stride, PAGE_SIZE)
         _store_cached(v_slot, v_tile, v_real & written, values, v_scale, MANTISSA, BIAS, LARGEST)

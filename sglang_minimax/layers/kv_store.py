@@ -2,7 +2,9 @@
 
 What `MHATokenToKVPool.set_kv_buffer` does besides storing, and what becomes of it here:
 
-* checks slot numbers if SGLANG_ENABLE_ASYNC_ASSERT is set: then SGLang's store runs;
+* leaves slot 0, which rows of padding name, unwritten on GPUs: so do we, everywhere;
+* stops the process at a slot outside of the pool (an assertion on the device): we do not look;
+* checks slot numbers on the host if SGLANG_ENABLE_ASYNC_ASSERT is set: then SGLang's store runs;
 * takes ids as physical, unless the pool is a unified one: another class, so SGLang's store runs;
 * for an FP8 pool, divides k and v by the layer's scales in place, in their own dtype, and converts
   without saturation: ours divides in fp32, saturates, and leaves k and v alone;
@@ -31,6 +33,9 @@ from sglang.srt.runtime_context import get_parallel
 
 from jit_kernels.qk_norm_rope.contract import CacheWrite
 from sglang_minimax.layers.fusion import STORE_RULES, StoreFacts, first_reason
+
+#: Slot 0 of a pool is kept for rows of padding; `store_cache`, SGLang's kernel, skips it too.
+FIRST_SLOT = 1
 
 
 class KVStore:
@@ -82,7 +87,7 @@ class KVStore:
             return None
         k_cache, v_cache = _buffers(pool, self._attn.layer_id)
         k_scale, v_scale = self._scales(pool) or (1.0, 1.0)
-        return CacheWrite(v, k_cache, v_cache, slots, k_scale, v_scale)
+        return CacheWrite(v, k_cache, v_cache, slots, k_scale, v_scale, FIRST_SLOT)
 
     def _scales(self, pool: Any) -> tuple[float, float] | None:
         """Of this layer, None where a scale has no number on the host. 1 where nothing scales."""

@@ -76,7 +76,8 @@ OVERFLOWING = Special("overflowing", lambda row: row.sign() * 1e30)
 class Case:
     """Global tensors: q [tokens, heads * head_dim], k and v alike, weights, what to do with them.
 
-    slots: [tokens] or None; page_size: 0 for a cache of slots, else of pages.
+    slots: [tokens] or None; page_size: 0 for a cache of slots, else of pages. first_slot: 1 where
+    slot 0 is kept for padding.
     """
 
     q: torch.Tensor
@@ -92,6 +93,7 @@ class Case:
     cache_dtype: torch.dtype | None = None
     page_size: int = 0
     scales: tuple[float, float] = (1.0, 1.0)
+    first_slot: int = 0
     eps: float = EPS
 
     @property
@@ -121,7 +123,8 @@ def make_case(
 ) -> Case:
     """A random case. rotary_dim 0 leaves the rotation out, cache_dtype None the K/V write.
 
-    With a cache, every third token has slot -1, the others distinct random slots.
+    With a cache, every third token has slot -1, the others distinct random slots, the second one
+    slot 0, which is kept for padding.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -144,11 +147,19 @@ def make_case(
         case = replace(case, positions=positions, cos_sin_cache=cos_sin_cache)
     if cache_dtype is not None:
         slots = torch.randperm(cache_slots(tokens), generator=generator)[:tokens]
+        if tokens > 1:
+            slots[slots == 0] = slots[1].item()
+            slots[1] = 0
         slots[::3] = -1
         fp8 = cache_dtype in FP8_TYPES
         scales = (0.37, 1.7) if fp8 else (1.0, 1.0)
         case = replace(
-            case, slots=slots, cache_dtype=cache_dtype, page_size=page_size, scales=scales
+            case,
+            slots=slots,
+            cache_dtype=cache_dtype,
+            page_size=page_size,
+            scales=scales,
+            first_slot=1,
         )
     return case
 
@@ -211,7 +222,8 @@ def cut(
     cache = None
     if case.slots is not None:
         buffers = [_cache(case, shard.kv_heads, gap, device or "cpu") for gap in (16, 48)]
-        cache = CacheWrite(v, buffers[0], buffers[1], there(case.slots), *case.scales)
+        slots = there(case.slots)
+        cache = CacheWrite(v, *buffers, slots, *case.scales, first_slot=case.first_slot)
     return Rank(shard, strided, q, k, v, norm, rotation, cache)
 
 
@@ -305,7 +317,7 @@ def assert_outcome(rank: Rank, want: Outcome, case: Case, *, truncated: bool = F
     assert want.k_cache is not None
     assert want.v_cache is not None
     slots = rank.cache.slots.cpu()
-    kept = slots >= 0
+    kept = slots >= rank.cache.first_slot
     for name, buffer, exact, size in (
         ("K cache", rank.cache.k_cache, want.k_cache, want.k_size / case.scales[0]),
         ("V cache", rank.cache.v_cache, want.v_cache, want.v_cache.abs()),

@@ -164,10 +164,18 @@ MISTAKES = (
     Mistake(
         "padding written",
         KERNEL,
-        "if (slot < 0 || ",
+        "if (slot < params.first_slot || ",
         "if (",
         ONE,
         "outside of it",
+    ),
+    Mistake(
+        "the slot of padding written",
+        KERNEL,
+        "if (slot < params.first_slot || ",
+        "if (slot < 0 || ",
+        ONE,
+        "written where",
     ),
     Mistake(
         "no barrier before the block's sum",

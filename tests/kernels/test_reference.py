@@ -47,7 +47,7 @@ def test_fp8_is_rounded_once():
     case = cases.make_case(64, cache_dtype=E4M3)
     (rank,) = cases.run_group(case, 1, reference.run)
     want = cases.truth(case, 1, 0)
-    kept = rank.cache.slots >= 0
+    kept = rank.cache.slots >= rank.cache.first_slot
     got = rank.cache.k_cache.float().flatten(1)[rank.cache.slots[kept]]
     exact = want.k_cache[kept].clamp(-448, 448)
     assert ((got.double() == exact.to(E4M3).double()).double().mean()) > 0.999
@@ -83,7 +83,7 @@ def no_rotation(call: Call) -> None:
 def stale_k_in_the_cache(call: Call) -> None:
     before = call.k.clone()
     reference.run(call)
-    kept = call.cache.slots >= 0
+    kept = call.cache.slots >= call.cache.first_slot
     rows = reference.stored(before[kept], E5M2, call.cache.k_scale)
     rows = rows.view(-1, *call.cache.k_cache.shape[1:]).view(torch.uint8)
     call.cache.k_cache.view(torch.uint8)[call.cache.slots[kept]] = rows

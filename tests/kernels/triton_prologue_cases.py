@@ -235,7 +235,7 @@ def fp8_share(module: ModuleType) -> float:
     """The share of the K cache that is the fp64 truth rounded once to FP8, bf16 k beside it."""
     case = cases.make_case(6, heads=cases.THIRDS, cache_dtype=E4M3)
     ranks = cases.run_group(case, 1, prepared(case, 1, module), device=DEVICE)
-    kept = case.slots >= 0
+    kept = case.slots >= case.first_slot
     got = ranks[0].cache.k_cache.cpu().float().flatten(1)[case.slots[kept]]
     return cases.correctly_rounded_share(got.to(E4M3), cases.truth(case, 1, 0).k_cache[kept])
 
@@ -251,7 +251,7 @@ FAR, ROOM = 2**30 + 64, 2**31 + 2**12
 def far_rows_agree(module: ModuleType) -> bool:
     """Whether three tokens and slots whose rows lie 2 GiB apart are served, in two launches."""
     case = cases.make_case(3, FP16, heads=(3, 1), head_dim=32, rotary_dim=16, cache_dtype=FP16)
-    case = replace(case, slots=torch.tensor([2, 0, 1]))
+    case = replace(case, slots=torch.tensor([2, 0, 1]), first_slot=0)
     near, want = cases.cut(case, 1, 0, device=DEVICE), cases.truth(case, 1, 0)
     # Gigabytes, of which pages exist only where they are touched (on a CPU).
     storage = torch.empty(ROOM + 2 * FAR + 4096, dtype=FP16, device=DEVICE)

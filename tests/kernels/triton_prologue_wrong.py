@@ -105,9 +105,10 @@ WRONG = (
     Wrong(
         "slot -1 written",
         KERNELS,
-        "written = slot >= 0",
+        "written = slot >= first_slot",
         "written = slot >= -1\n        slot = tl.where(slot < 0, 47, slot)",
     ),
+    Wrong("slot 0 written", KERNELS, "slot >= first_slot", "slot >= 0"),
     Wrong(
         "pages taken for dense",
         KERNELS,

@@ -24,7 +24,7 @@ from sglang_minimax.topology import AttentionShard
 
 HEADS, HEAD_DIM, LAYERS = 2, 16, 3
 WIDTH = HEADS * HEAD_DIM
-SLOTS = [5, 0, 17, 3]
+SLOTS = [5, 9, 17, 3]
 FP8 = torch.float8_e4m3fn
 
 
@@ -120,9 +120,11 @@ def rows(seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def store_ours(store: KVStore, k: torch.Tensor, v: torch.Tensor) -> None:
+def store_ours(
+    store: KVStore, k: torch.Tensor, v: torch.Tensor, slots: list[int] | None = None
+) -> None:
     """The prologue's write alone: a norm of constant size and no rotation leave k known."""
-    write = store.target(v, make_batch())
+    write = store.target(v, make_batch(slots))
     assert write is not None
     norm = Norm(torch.ones(WIDTH, dtype=k.dtype), torch.ones(WIDTH, dtype=k.dtype), WIDTH, WIDTH, 0)
     qk_norm_rope_(Choice("reference", "", run_reference), k.clone(), k, norm, cache=write)
@@ -179,6 +181,17 @@ def test_the_same_bytes_as_sglangs_store(
         assert torch.equal(mine.view(torch.uint8), its.view(torch.uint8))
     # Not empty by mistake, and in no other layer of the stage.
     assert [bool(each.any()) for each in ours.k_buffer] == [False, True, False]
+
+
+def test_padding_is_not_stored(running: Running) -> None:
+    """Rows of padding name slot 0, which SGLang's kernel on GPUs skips as well."""
+    pool = make_pool(torch.bfloat16)
+    running(pool)
+    store, _ = make_store(make_attn())
+    store_ours(store, normed(1, torch.bfloat16), rows(2), [5, 0, 0, 3])
+    for buffer in (pool.k_buffer[1], pool.v_buffer[1]):
+        written = buffer.flatten(1).bool().any(-1).nonzero().flatten().tolist()
+        assert written == [3, 5]
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,9 @@ struct Binding {
   static void launch(TensorView q, TensorView k, TensorView q_weight, TensorView k_weight,
                      double q_divisor, double k_divisor, double eps, MaybeTensor positions,
                      MaybeTensor cos_sin, MaybeTensor v, MaybeTensor k_cache, MaybeTensor v_cache,
-                     MaybeTensor slots, double k_scale, double v_scale, MaybeTensor pointers,
-                     MaybeTensor ticket, int64_t rank, int64_t buffer_slots, int64_t blocks,
-                     bool dependent, bool launch_early) {
+                     MaybeTensor slots, double k_scale, double v_scale, int64_t first_slot,
+                     MaybeTensor pointers, MaybeTensor ticket, int64_t rank, int64_t buffer_slots,
+                     int64_t blocks, bool dependent, bool launch_early) {
     Params params{};
     params.q = rows(q);
     params.k = rows(k);
@@ -83,6 +83,7 @@ struct Binding {
       params.v_cache = cache(v_cache.value(), v_scale);
       params.slots = slots.value().data_ptr();
       params.wide_slots = wide(slots.value());
+      params.first_slot = static_cast<int32_t>(first_slot);
       if (k_cache.value().ndim() - kFirst == 4) {
         params.page_size = static_cast<uint32_t>(k_cache.value().size(kFirst + 1));
       }

@@ -100,7 +100,7 @@ __device__ __forceinline__ void finish(const Params& params, uint32_t rank, uint
     jit::store<16>(head.at(params, rank, token), rounded);
   }
   if constexpr (S::kCaches) {
-    if (slot < 0 || (head.side != Side::k && head.side != Side::v)) return;
+    if (slot < params.first_slot || (head.side != Side::k && head.side != Side::v)) return;
     const Cache& cache = head.side == Side::k ? params.k_cache : params.v_cache;
     auto* to = cache_at<S>(cache, params, rank, static_cast<uint32_t>(slot), head.column);
     if constexpr (std::is_same_v<typename S::CacheT, T>) {

@@ -33,7 +33,7 @@ struct Params {
   Cache k_cache;         // unused where the cache type is void
   Cache v_cache;
   const void* positions;  // [tokens] int64 or int32; unused where rotary_dim is 0
-  const void* slots;      // [tokens] int64 or int32, negative: not written; unused without a cache
+  const void* slots;      // [tokens] int64 or int32; unused without a cache
   const float* cos_sin;   // [max_position, rotary_dim] fp32: cos, then sin; 16-byte aligned rows
   const uint64_t* buffers;  // [N] addresses of the ranks' exchange buffers; unused where N is 1
   uint64_t* ticket;         // epoch << 32 | 0, epoch >= 1; virtual ranks: [N], one each
@@ -43,6 +43,7 @@ struct Params {
   uint32_t tokens;          // at least 1 and, where N > 1, at most buffer_slots
   uint32_t buffer_slots;    // S of the exchange buffers
   uint32_t page_size;       // slots a page; 1 for a cache addressed by slot (page_stride is used)
+  int32_t first_slot;       // slots below it are not written; at least 0
   uint32_t rank;            // in the group; virtual ranks: unused, blockIdx.y counts
   bool wide_positions;      // int64 rather than int32
   bool wide_slots;

@@ -15,7 +15,7 @@ struct Arguments {
     double scale;
   } k_cache, v_cache;
   std::int64_t q_weight, k_weight, positions, slots, cos_sin, buffers, ticket;
-  std::int64_t tokens, buffer_slots, page_size, rank;
+  std::int64_t tokens, buffer_slots, page_size, first_slot, rank;
   std::int64_t wide_positions, wide_slots, launch_early;
   double q_divisor, k_divisor, eps;
 };
@@ -71,7 +71,8 @@ bool set(Params& params, const Arguments& from) {
          set(params.cos_sin, from.cos_sin) && set(params.buffers, from.buffers) &&
          set(params.ticket, from.ticket) && set(params.tokens, from.tokens) &&
          set(params.buffer_slots, from.buffer_slots) && set(params.page_size, from.page_size) &&
-         set(params.rank, from.rank) && set(params.wide_positions, from.wide_positions) &&
+         set(params.first_slot, from.first_slot) && set(params.rank, from.rank) &&
+         set(params.wide_positions, from.wide_positions) &&
          set(params.wide_slots, from.wide_slots) && set(params.launch_early, from.launch_early);
 }
 

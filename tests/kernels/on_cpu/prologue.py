@@ -82,7 +82,7 @@ class Arguments(ctypes.Structure):
         *((name, _Rows) for name in ("q", "k", "v")),
         *((name, _Cache) for name in ("k_cache", "v_cache")),
         *_integers("q_weight", "k_weight", "positions", "slots", "cos_sin", "buffers", "ticket"),
-        *_integers("tokens", "buffer_slots", "page_size", "rank"),
+        *_integers("tokens", "buffer_slots", "page_size", "first_slot", "rank"),
         *_integers("wide_positions", "wide_slots", "launch_early"),
         *_doubles("q_divisor", "k_divisor", "eps"),
     ]
@@ -316,6 +316,7 @@ def _arguments(rank: cases.Rank, exchange: Exchange, tokens: range, options: Opt
 def _cache_arguments(arguments: Arguments, cache: CacheWrite, tokens: range) -> None:
     slots = cache.slots[tokens.start :]
     arguments.slots, arguments.wide_slots = slots.data_ptr(), slots.itemsize == 8
+    arguments.first_slot = cache.first_slot
     paged = cache.k_cache.dim() == 4
     arguments.page_size = cache.k_cache.shape[1] if paged else 1
     for name, x, scale in (

@@ -55,7 +55,7 @@ def rounded_once(kernels: Kernels, size: int) -> None:
         want = cases.truth(case, size, rank.shard.rank)
         assert rank.cache is not None
         assert want.k_cache is not None
-        kept = rank.cache.slots >= 0
+        kept = rank.cache.slots >= rank.cache.first_slot
         got = rank.cache.k_cache.float().flatten(1)[rank.cache.slots[kept]]
         # fp32 arithmetic puts a value on the other side of a tie once in some thousands; rounding
         # to bf16 first, once in some tens.
