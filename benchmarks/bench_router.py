@@ -78,9 +78,12 @@ class Inputs:
         return self.hidden.shape[0]
 
     def bytes_moved(self) -> int:
-        """The hidden states, the gate and the bias read once, ids and weights written once."""
+        """The hidden states, the gate and the bias read once; logits, ids and weights written once.
+
+        In-tree leaves the logits behind, and so does our operator in a server.
+        """
         gate = self.weight.numel() * 4 + self.bias.numel() * 4
-        return self.hidden.numel() * 2 + gate + self.tokens * TOP_K * 8
+        return self.hidden.numel() * 2 + gate + self.tokens * (EXPERTS * 4 + TOP_K * 8)
 
 
 def make(tokens: int, device: torch.device) -> Inputs:
@@ -96,7 +99,7 @@ Route = Callable[[Inputs], Callable[[], Routing]]
 
 
 def implementation(name: str) -> Route:
-    """One of ours, compiled, without the logits."""
+    """One of ours, compiled, with the logits that a server has it fill."""
 
     def prepared(inputs: Inputs) -> Callable[[], Routing]:
         x = inputs.hidden
@@ -108,7 +111,12 @@ def implementation(name: str) -> Route:
             choice = op.choose(request, name)
         except op.KernelUnavailable as error:
             raise NotTimed(str(error)) from error
-        return lambda: op.route(choice, x, inputs.weight, inputs.bias, top_k=TOP_K)
+
+        def run() -> Routing:
+            logits = x.new_empty((inputs.tokens, EXPERTS), dtype=torch.float32)
+            return op.route(choice, x, inputs.weight, inputs.bias, top_k=TOP_K, logits=logits)
+
+        return run
 
     return prepared
 

@@ -136,14 +136,14 @@ def exchange_costs(rows: list[Row], which: str) -> dict[tuple[str, int, int], fl
 
 
 def _exchange(rows: list[Row]) -> Aim:
-    """The largest cost decides: over the tokens of a decode step, hot and cold."""
+    """The largest cost decides: over all batches that were measured, hot and cold."""
     found = {
         (tokens, which): cost
         for which in (HOT, COLD)
         for (case, tp, tokens), cost in exchange_costs(rows, which).items()
-        if (case, tp) == ("prologue", EXCHANGE_TP) and tokens <= DECODE_TOKENS
+        if (case, tp) == ("prologue", EXCHANGE_TP)
     }
-    name = f"exchange, TP{EXCHANGE_TP} as virtual ranks on one device, 1 to {DECODE_TOKENS} tokens"
+    name = f"exchange, TP{EXCHANGE_TP} as virtual ranks on one device"
     asked = f"adds at most {MICROSECONDS:g} us"
     if not found:
         return Aim(name, asked, "not measured", None)

@@ -5,11 +5,16 @@ its peers write and it alone reads; `which` is 0 for q's partial sum and 1 for k
 partial (fp32 bits, low half) and the epoch's tag (high half), stored at once. The protocol, why two
 halves are enough and how tags wrap, is in docs/exchange.md.
 
-A channel belongs to one stream at a time: calls on it must follow one another.
+Behind the words lie the table of the buffers' addresses and the ticket. They are in the same memory
+because it is not the caching allocator's, whose pools a server may give back while it sleeps (RL).
+
+A channel belongs to one stream at a time: calls on it follow one another.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -33,6 +38,9 @@ WORD_BYTES = 8
 #: The ticket's high half is the epoch, its low half the arrivals. Tag 0 is never valid.
 FIRST_TICKET = 1 << 32
 
+# Open channels by device: their grids must fit on the chip together.
+_open: defaultdict[torch.device, weakref.WeakSet[Channel]] = defaultdict(weakref.WeakSet)
+
 
 def buffer_bytes(size: int, slots: int) -> int:
     """Bytes of one rank's buffer for a group of `size` ranks and `slots` tokens a launch."""
@@ -44,7 +52,7 @@ class Channel:
 
     size, rank: of the group. slots: tokens that one launch may have. pointers: [size] int64 on the
     device, the address of each rank's buffer as this process sees it. ticket: [1] int64 on the
-    device. grid_share: how many channels' grids must fit on the chip together.
+    device. alone: whether no other kernel on these devices waits for a peer.
     """
 
     def __init__(
@@ -54,7 +62,7 @@ class Channel:
         slots: int,
         pointers: torch.Tensor,
         ticket: torch.Tensor,
-        grid_share: int = 1,
+        alone: bool = False,
         keep: Any = None,
     ) -> None:
         """keep: what owns the memory behind `pointers`; dropped by `close`."""
@@ -63,39 +71,46 @@ class Channel:
         self.slots = slots
         self.pointers = pointers
         self.ticket = ticket
-        self.grid_share = grid_share
+        self.alone = alone
+        self.captured = False
         self._keep = keep
         self._stream: Any = None
         self.closed = False
+
+    @property
+    def sharers(self) -> int:
+        """Channels that are open on this device, this one included."""
+        return max(1, len(_open[self.ticket.device]))
 
     def claim(self) -> None:
         """Make the current stream the channel's; called before each launch.
 
         Two calls in flight at once on one rank would break the exchange: one would overwrite words
-        that a slow peer has not read for the other. A stream may therefore take the channel over
-        only where nothing of the earlier one is still running; otherwise RuntimeError.
+        that a slow peer has not read for the other. So a stream that takes the channel over waits
+        for all that the earlier one was given. It waits and is not refused, since a refusal would
+        depend on how far this rank is, and leave its peers polling.
 
         While a CUDA graph is captured nothing runs, so there is nothing to order, and the capture's
         stream does not matter: the launches run on the stream that replays the graph. That stream
         must be the one of the eager calls, or be ordered with it; a capture cannot check it.
+        RuntimeError where the channel is closed.
         """
         if self.closed:
             raise RuntimeError("the exchange channel is closed; open another one")
         if _capturing():
+            self.captured = True
             return
         stream = _current_stream(self.ticket.device)
         if stream == self._stream:
             return
-        if self._stream is not None and not self._stream.query():
-            raise RuntimeError(
-                "the exchange channel is in use on another stream; calls of one channel must "
-                "follow one another, so open a channel for each stream that runs at the same time"
-            )
+        if self._stream is not None:
+            stream.wait_stream(self._stream)
         self._stream = stream
 
     def close(self) -> None:
         """Give the memory back. No rank may have a call in flight on any of the buffers."""
         self.closed = True
+        _open[self.ticket.device].discard(self)
         self._stream = self._keep = None
 
 
@@ -105,31 +120,32 @@ def open_channel(
     device: torch.device,
     *,
     slots: int = SLOTS,
-    grid_share: int = 1,
+    alone: bool = False,
 ) -> Channel:
     """Open this rank's end of a channel. Collective over `group`.
 
     group: a torch.distributed ProcessGroup of 2 to 16 ranks, one device each. After every step
-    the ranks agree on its outcome, so that none waits for one that has failed.
+    the ranks agree on its outcome, so that none waits for one that has failed. alone: see Channel.
     Raises KernelUnavailable with the same sentence on all ranks where it cannot be done.
     """
     size, rank = group.size(), group.rank()
     _together(agree, lambda: _check(size, slots, device))
-    local = _together(agree, lambda: symmetric.allocate(buffer_bytes(size, slots), device))
+    words = buffer_bytes(size, slots)
+    own = WORD_BYTES * (size + 1)
+    local = _together(agree, lambda: symmetric.allocate(words + own, device))
     shared = _together(agree, lambda: symmetric.share(local, group))
 
     def cleared() -> Channel:
         # Words of tag 0 are never valid. Zero before any rank can push: agreeing is the barrier.
         shared.local.zero_()
+        pointers, ticket = shared.local[words:].view(torch.int64).split([size, 1])
+        pointers.copy_(torch.tensor(shared.pointers, dtype=torch.int64))
+        ticket.fill_(FIRST_TICKET)
         channel = Channel(
-            rank=rank,
-            slots=slots,
-            pointers=torch.tensor(shared.pointers, dtype=torch.int64, device=device),
-            ticket=torch.full((1,), FIRST_TICKET, dtype=torch.int64, device=device),
-            grid_share=grid_share,
-            keep=shared,
+            rank=rank, slots=slots, pointers=pointers, ticket=ticket, alone=alone, keep=shared
         )
         _synchronize(device)
+        _open[ticket.device].add(channel)
         return channel
 
     return _together(agree, cleared)
@@ -140,6 +156,8 @@ def _check(size: int, slots: int, device: torch.device) -> None:
         raise KernelUnavailable(f"an exchange has 2 to {MAX_RANKS} ranks, the group has {size}")
     if slots < 1:
         raise KernelUnavailable(f"an exchange needs at least one slot, not {slots}")
+    if any(channel.captured for channel in _open[device]):
+        raise KernelUnavailable("a CUDA graph holds launches that share the chip with no other")
     problem = symmetric.unavailable(device)
     if problem:
         raise KernelUnavailable(problem)

@@ -13,19 +13,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from jit_kernels.choice import KernelUnavailable
 from jit_kernels.compile import Unit, architecture, load
 from jit_kernels.qk_norm_rope.channel import FIRST_TICKET, MAX_RANKS, Channel, buffer_bytes
-from jit_kernels.qk_norm_rope.contract import (
-    FP8_TYPES,
-    CacheWrite,
-    Call,
-    Request,
-)
+from jit_kernels.qk_norm_rope.contract import FP8_TYPES, Call, Request
+from jit_kernels.qk_norm_rope.fit import VECTOR, Fit
 
 NAME = "cuda"
 
@@ -37,10 +32,10 @@ TYPES = {
     None: "void",
 }
 HEAD_DIMS = (64, 128, 256)
-VECTOR = 8  # elements that a thread loads at once
-VECTOR_BYTES = 16
-MAX_STRIDE = 2**32  # of rows, in elements
-MAX_SLOTS = 2**31  # of a cache
+# For kernels on other streams that wait for a peer as well: NCCL takes up to 32 blocks, DeepEP as
+# many by default. They must find room beside blocks that poll.
+RESERVED_MULTIPROCESSORS = 32
+
 Run = Callable[[Call], None]
 
 
@@ -81,11 +76,12 @@ def prepare(request: Request) -> Run:
     Raises KernelUnavailable with the compiler's message. The returned function raises ValueError,
     before anything is written, where a call does not fit the request or is not aligned.
     """
-    kernel = _Kernel(request)
+    kernel, fit = _Kernel(request), Fit(request)
 
     def run(call: Call) -> None:
-        if problem := _problem(call, request):
-            raise ValueError(f"qk_norm_rope_: {problem}")
+        if not call.tokens:
+            return
+        fit.check(call)
         channel = call.group.channel if request.group_size > 1 else None
         if channel is None:
             kernel.launch(call, None)
@@ -115,7 +111,7 @@ class VirtualGroup:
 
     def __init__(self, request: Request, *, exchange: bool, slots: int, room: int | None) -> None:
         """The exchange buffers are made here, on the current CUDA device."""
-        self._request = replace(request, no_exchange="")
+        self._fit = Fit(request, virtual=True)
         self._kernel = _Kernel(request, virtual=True, exchange=exchange)
         size = request.group_size
         own = self._kernel.resident(torch.cuda.current_device()) // size
@@ -135,10 +131,11 @@ class VirtualGroup:
         The ranks' q must lie at the same distance one after another in one storage, so must their
         k, v, weights and caches. All share positions and slots. ValueError otherwise.
         """
+        if not calls[0].tokens:
+            return
         stacked = stack(calls)
         for call in calls:
-            if problem := _problem(call, self._request, alone=True):
-                raise ValueError(f"qk_norm_rope_: {problem}")
+            self._fit.check(call)
         for piece in pieces(stacked, self.channel.slots, dim=1):
             self._kernel.launch(piece, self.channel, self.room)
 
@@ -167,9 +164,9 @@ class _Kernel:
         """
         norm, rotation, cache = call.norm, call.rotation, call.cache
         tokens = call.q.shape[1 if self._virtual else 0]
-        share = channel.grid_share if channel is not None else 1
+        device = call.q.device.index
         if room is None:
-            room = self.resident(call.q.device.index) // share
+            room = self.resident(device) if channel is None else self._room(device, channel)
         blocks = grid(tokens, room)
         self._module.launch(
             *(call.q, call.k, norm.q_weight, norm.k_weight),
@@ -181,8 +178,22 @@ class _Kernel:
             *((channel.rank, channel.slots) if channel else (0, 0)),
             blocks,
             self._dependent,
-            share == 1,  # launch early: see "lock up the chip" in csrc/exchange.cuh
+            # Launch early: see "lock up the chip" in csrc/exchange.cuh.
+            channel is not None and channel.alone and channel.sharers == 1,
         )
+
+    def _room(self, device: int, channel: Channel) -> int:
+        """Blocks that may poll at a time: this channel's share of the chip."""
+        resident = self.resident(device)
+        if not channel.alone:
+            chip = _multiprocessors(device)
+            resident = resident * max(chip - RESERVED_MULTIPROCESSORS, 1) // chip
+        return resident // channel.sharers
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def unit(request: Request, *, virtual: bool = False, exchange: bool = True) -> Unit:
@@ -276,82 +287,3 @@ def _stacked(views: Sequence[torch.Tensor]) -> torch.Tensor:
     if not alike or apart < 0:
         raise ValueError("qk_norm_rope_: the virtual ranks' tensors are not evenly stacked")
     return first.as_strided((len(views), *first.shape), (apart, *first.stride()), starts[0])
-
-
-def _problem(call: Call, request: Request, *, alone: bool = False) -> str:
-    """Why this call cannot be launched, or "". alone: a virtual rank, which has no channel."""
-    q, k, norm = call.q, call.k, call.norm
-    if q.dtype != request.dtype or (q.shape[1], k.shape[1]) != (request.q_width, request.kv_width):
-        return (
-            f"q and k are {q.dtype}, {q.shape[1]} and {k.shape[1]} wide; the kernel was compiled "
-            f"for {request.dtype}, {request.q_width} and {request.kv_width}"
-        )
-    if call.group.size != request.group_size:
-        return f"the group has {call.group.size} ranks, compiled for {request.group_size}"
-    if request.group_size > 1 and not alone:
-        if call.group.channel is None:
-            return "the group has no channel to exchange its sums"
-        if call.group.channel.size != request.group_size:
-            return f"the channel has {call.group.channel.size} ranks, the group {call.group.size}"
-    for name, weight in (("q", norm.q_weight), ("k", norm.k_weight)):
-        if weight.dtype != q.dtype:
-            return f"the weight of {name} is {weight.dtype} where q is {q.dtype}"
-    tensors: list[tuple[str, torch.Tensor, int]] = [
-        ("q", q, 1),
-        ("k", k, 1),
-        ("the weight of q", norm.q_weight, 1),
-        ("the weight of k", norm.k_weight, 1),
-    ]
-    rotary = 0 if call.rotation is None else call.rotation.rotary_dim
-    if rotary != request.rotary_dim:
-        return f"{rotary} dimensions turn, compiled for {request.rotary_dim}"
-    if call.rotation is not None:
-        if call.rotation.head_dim != request.head_dim:
-            return f"head_dim is {call.rotation.head_dim}, compiled for {request.head_dim}"
-        table = call.rotation.cos_sin_cache
-        if table.dtype != torch.float32:
-            return f"the cos/sin cache is {table.dtype}, not float32"
-        tensors.append(("the cos/sin cache", table, 1))
-    if (call.cache.k_cache.dtype if call.cache else None) != request.cache_dtype:
-        return f"the cache's dtype is not {request.cache_dtype}, which the kernel was compiled for"
-    if call.cache is not None:
-        if problem := _cache_problem(call.cache):
-            return problem
-        tensors += [
-            ("v", call.cache.v, 1),
-            ("the K cache", call.cache.k_cache, 2),
-            ("the V cache", call.cache.v_cache, 2),
-        ]
-    return _alignment_problem(tensors) or _device_problem(call)
-
-
-def _cache_problem(cache: CacheWrite) -> str:
-    slots = cache.k_cache.shape[:-2].numel()
-    return f"a cache of {slots} slots is too large" if slots >= MAX_SLOTS else ""
-
-
-def _alignment_problem(tensors: Sequence[tuple[str, torch.Tensor, int]]) -> str:
-    """tensors: a name, the tensor, and how many of its last dimensions are one contiguous row."""
-    for name, x, inner in tensors:
-        # FP8 only in the cache: eight elements, as of the other dtypes, are eight bytes.
-        need = min(VECTOR_BYTES, VECTOR * x.itemsize)
-        if x.data_ptr() % need:
-            return f"{name} starts at an address that is not a multiple of {need}"
-        for size, stride in zip(x.shape[:-inner], x.stride(), strict=False):
-            if size > 1 and stride * x.itemsize % need:
-                return f"the rows of {name} lie {stride} elements apart, not a multiple of {need} B"
-            if size > 1 and not 0 <= stride < MAX_STRIDE:
-                return f"the rows of {name} lie {stride} elements apart, beyond {MAX_STRIDE}"
-    return ""
-
-
-def _device_problem(call: Call) -> str:
-    """A pointer of another device would end the process, not the call."""
-    here = call.q.device
-    others: list[Any] = [call.k, call.norm.q_weight, call.norm.k_weight]
-    if call.rotation is not None:
-        others += [call.rotation.positions, call.rotation.cos_sin_cache]
-    if call.cache is not None:
-        others += [call.cache.v, call.cache.k_cache, call.cache.v_cache, call.cache.slots]
-    away = [x.device for x in others if x.device != here]
-    return f"q is on {here}, another tensor on {away[0]}" if away else ""

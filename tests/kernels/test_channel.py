@@ -99,9 +99,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeMemory]:
 
 def opened(ranks: Ranks, slots: int = 4) -> list[Any]:
     return ranks.run(
-        lambda rank: open_channel(
-            group_of(ranks.size, rank), ranks.agree(rank), CPU, slots=slots, grid_share=2
-        )
+        lambda rank: open_channel(group_of(ranks.size, rank), ranks.agree(rank), CPU, slots=slots)
     )
 
 
@@ -114,15 +112,42 @@ def test_ranks_find_each_other_and_start_from_zeros(
     for rank, channel in enumerate(found):
         assert isinstance(channel, Channel), channel
         assert (channel.size, channel.rank, channel.slots) == (3, rank, 4)
-        assert channel.grid_share == 2
         assert channel.ticket.tolist() == [1 << 32]
         assert channel.ticket.dtype == channel.pointers.dtype == torch.int64
         assert channel.pointers.tolist() == found[0].pointers.tolist()
     buffers = [each for each in fake._blocks if each is not None]
     assert found[0].pointers.tolist() == [each.data_ptr() for each in buffers]
-    # Two halves of four slots of three ranks with two words of eight bytes.
-    assert [len(each) for each in buffers] == [2 * 4 * 3 * 2 * 8] * 3
-    assert all(not each.any() for each in buffers)
+    # Two halves of four slots of three ranks with two words of eight bytes; then the table and the
+    # ticket, in the same memory: what the caching allocator holds may be given back.
+    words = 2 * 4 * 3 * 2 * 8
+    assert [len(each) for each in buffers] == [words + 8 * 3 + 8] * 3
+    for channel, buffer in zip(found, buffers, strict=True):
+        assert not buffer[:words].any()
+        assert channel.pointers.data_ptr() == buffer.data_ptr() + words
+        assert channel.ticket.data_ptr() == buffer.data_ptr() + words + 8 * 3
+
+
+def test_open_channels_of_a_device_share_its_chip(
+    memory: Callable[..., FakeMemory], streams: SimpleNamespace
+) -> None:
+    memory(2)
+    ranks = Ranks(2)
+    first = opened(ranks)
+    alone = first[0].sharers
+    second = opened(ranks)
+    # The ranks are threads of one process here, and all their channels are on one device.
+    assert (first[0].sharers, second[0].sharers) == (alone + 2, alone + 2)
+    for channel in second:
+        channel.close()
+    assert first[0].sharers == alone
+    streams.capturing = True
+    first[1].claim()
+    refused = opened(ranks)
+    assert [type(each) for each in refused] == [KernelUnavailable] * 2
+    assert "a CUDA graph holds launches" in str(refused[0])
+    for channel in first:
+        channel.close()
+    assert all(isinstance(each, Channel) for each in opened(ranks))
 
 
 def test_the_size_is_computed_in_one_place() -> None:
@@ -263,13 +288,13 @@ def test_addresses_with_and_without_an_offset(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Stream:
-    """A CUDA stream: `busy` while something runs on it."""
+    """A CUDA stream, as far as it waits for others."""
 
     def __init__(self) -> None:
-        self.busy = False
+        self.waits: list[Stream] = []
 
-    def query(self) -> bool:
-        return not self.busy
+    def wait_stream(self, other: Stream) -> None:
+        self.waits.append(other)
 
 
 @pytest.fixture
@@ -290,41 +315,34 @@ def a_channel() -> Channel:
     )
 
 
-def test_a_second_stream_is_refused_while_the_first_runs(streams: SimpleNamespace) -> None:
-    channel, first = a_channel(), streams.current
-    channel.claim()
-    first.busy = True
-    channel.claim()  # its own stream orders its calls
-    streams.current = Stream()
-    with pytest.raises(RuntimeError, match="in use on another stream"):
-        channel.claim()
-    streams.current = first
-    channel.claim()
-
-
-def test_a_stream_takes_over_from_one_that_is_done(streams: SimpleNamespace) -> None:
+def test_a_stream_that_takes_over_waits_for_the_earlier_one(streams: SimpleNamespace) -> None:
     """As a server does: warmed up and captured on one stream, then served on another."""
-    channel, first = a_channel(), streams.current
+    channel, first, second = a_channel(), streams.current, Stream()
     channel.claim()
-    second = streams.current = Stream()
+    channel.claim()  # its own stream orders its calls
+    assert first.waits == []
+    streams.current = second
     channel.claim()
-    second.busy = True
+    channel.claim()
+    assert (first.waits, second.waits) == ([], [first])
     streams.current = first
-    with pytest.raises(RuntimeError, match="in use on another stream"):
-        channel.claim()
+    channel.claim()
+    assert (first.waits, second.waits) == ([second], [first])
 
 
 def test_a_capture_orders_nothing_and_claims_nothing(streams: SimpleNamespace) -> None:
-    channel, first = a_channel(), streams.current
+    """An event of another stream would end the capture."""
+    channel, first, capturing = a_channel(), streams.current, Stream()
     channel.claim()
-    first.busy = True
-    streams.current, streams.capturing = Stream(), True
+    streams.current, streams.capturing = capturing, True
     channel.claim()
+    assert capturing.waits == []
     streams.current, streams.capturing = first, False
     channel.claim()  # still the first stream's
+    assert first.waits == []
     streams.current = Stream()
-    with pytest.raises(RuntimeError, match="in use on another stream"):
-        channel.claim()
+    channel.claim()
+    assert streams.current.waits == [first]
 
 
 def test_a_closed_channel_says_so(streams: SimpleNamespace) -> None:

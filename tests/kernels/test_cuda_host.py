@@ -11,6 +11,7 @@ import torch
 
 from jit_kernels.qk_norm_rope import cuda
 from jit_kernels.qk_norm_rope.contract import Call, Group, Request
+from jit_kernels.qk_norm_rope.fit import Fit, alignment_problem
 from tests.kernels.cases import cut, make_case
 
 REQUEST = Request(
@@ -33,6 +34,10 @@ def call_of(tokens: int = 5, *, group: Group | None = None, **options: Any) -> C
     options.setdefault("cache_dtype", torch.bfloat16)
     rank = cut(make_case(tokens, **options), 8, 3, **layout)
     return rank.call(group or Group(8, channel=CHANNEL))
+
+
+def problem_of(call: Call) -> str:
+    return Fit(REQUEST).problem(call)
 
 
 def test_request_that_fits_is_not_refused() -> None:
@@ -67,9 +72,9 @@ def test_lone_rank_needs_no_exchange() -> None:
 
 
 def test_call_that_fits_has_no_problem() -> None:
-    assert cuda._problem(call_of(), REQUEST) == ""
+    assert problem_of(call_of()) == ""
     # One row has no stride that matters, whatever its tensor says.
-    assert cuda._problem(call_of(1, spare_columns=3), REQUEST) == ""
+    assert problem_of(call_of(1, spare_columns=3)) == ""
 
 
 @pytest.mark.parametrize(
@@ -90,7 +95,7 @@ def test_call_that_fits_has_no_problem() -> None:
     ],
 )
 def test_call_that_does_not_fit_is_told(options: dict[str, Any], why: str) -> None:
-    assert why in cuda._problem(call_of(**options), REQUEST)
+    assert why in problem_of(call_of(**options))
 
 
 def test_other_pointers_are_checked_too() -> None:
@@ -98,26 +103,59 @@ def test_other_pointers_are_checked_too() -> None:
     assert call.rotation is not None
     assert call.cache is not None
     half = replace(call.rotation, cos_sin_cache=call.rotation.cos_sin_cache.half())
-    assert "not float32" in cuda._problem(replace(call, rotation=half), REQUEST)
+    assert "not float32" in problem_of(replace(call, rotation=half))
     table = torch.zeros(257 * 64 + 1)[1:].view(257, 64)
     shifted = replace(call.rotation, cos_sin_cache=table)
-    assert "cos/sin cache starts" in cuda._problem(replace(call, rotation=shifted), REQUEST)
+    assert "cos/sin cache starts" in problem_of(replace(call, rotation=shifted))
     weight = torch.zeros(6 * 128 + 1, dtype=torch.bfloat16)[1:]
     norm = replace(call.norm, q_weight=weight)
-    assert "weight of q starts" in cuda._problem(replace(call, norm=norm), REQUEST)
+    assert "weight of q starts" in problem_of(replace(call, norm=norm))
     norm = replace(call.norm, k_weight=call.norm.k_weight.float())
-    assert "weight of k is torch.float32" in cuda._problem(replace(call, norm=norm), REQUEST)
+    assert "weight of k is torch.float32" in problem_of(replace(call, norm=norm))
     for name in ("k_cache", "v_cache"):
         odd = torch.zeros(9, 132, dtype=torch.bfloat16)[:, :128].unflatten(1, (1, 128))
         cache = replace(call.cache, **{name: odd})
-        assert "apart" in cuda._problem(replace(call, cache=cache), REQUEST)
+        assert "apart" in problem_of(replace(call, cache=cache))
+
+
+def test_what_was_seen_to_fit_vouches_for_its_own_layout_only() -> None:
+    """One row fits at any stride; more rows at that stride, or any other difference, do not."""
+    fit = Fit(REQUEST)
+    fit.check(call_of())
+    fit.check(call_of(7))
+    fit.check(call_of(1, spare_columns=3))
+    for wrong in (
+        call_of(5, spare_columns=3),
+        call_of(5, offset=1),
+        call_of(5, group=Group(8, channel=SimpleNamespace(size=4))),  # type: ignore[arg-type]
+        call_of(5, group=Group(8)),
+        call_of(5, rotary_dim=0),
+        call_of(5, cache_dtype=None),
+    ):
+        with pytest.raises(ValueError, match="^qk_norm_rope_: "):
+            fit.check(wrong)
+
+
+def test_pages_that_are_not_aligned_are_told() -> None:
+    call = call_of(page_size=16)
+    assert call.cache is not None
+    assert problem_of(call) == ""
+    for strides in ((16 * 132, 132, 128, 1), (16 * 128 + 4, 128, 128, 1)):
+        odd = torch.zeros(9 * 16 * 132, dtype=torch.bfloat16).as_strided((4, 16, 1, 128), strides)
+        for name in ("k_cache", "v_cache"):
+            assert "apart" in problem_of(replace(call, cache=replace(call.cache, **{name: odd})))
+
+
+def test_no_tokens_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_Kernel", lambda request: None)  # has nothing to launch
+    cuda.prepare(REQUEST)(call_of(0))
 
 
 def test_rows_too_far_apart_for_the_kernels_stride_are_told() -> None:
     far = torch.empty(8, dtype=torch.bfloat16).as_strided((1, 8), (2**32, 1))
     twice = torch.empty(2, 8, dtype=torch.bfloat16, device="meta").as_strided((2, 8), (2**32, 1))
-    assert cuda._alignment_problem([("q", far, 1)]) == ""
-    assert "beyond" in cuda._alignment_problem([("q", twice, 1)])
+    assert alignment_problem([("q", far, 1)]) == ""
+    assert "beyond" in alignment_problem([("q", twice, 1)])
 
 
 def test_pieces_cover_every_token_once_and_share_memory() -> None:

@@ -32,9 +32,10 @@
 // this half beyond this call's tokens in e + 2 at the earliest, which takes this rank's push of e + 1.
 //
 // Why polling cannot lock up the chip. Blocks that poll stay resident, so all blocks of the grids of
-// all channels that share the chip must fit on it together (the caller caps the grid), and kernels
-// that wait for this one may not take that room: where channels share a chip, the next kernel of the
-// stream is let in only after the last poll (Params::launch_early).
+// all channels that share the chip must fit on it together, beside other kernels that wait for a peer
+// (the caller caps the grid), and kernels that wait for this one may not take that room: unless a
+// channel has the chip alone, the next kernel of the stream is let in only after the last poll
+// (Params::launch_early).
 #pragma once
 
 #include "../../csrc/device.cuh"
