@@ -2,9 +2,11 @@
 
 A program serves one token. Each head is held in up to three tiles of [heads, columns]: the two
 halves that a rotation pairs, and the rest. So the partner of a value is at the same place of the
-other tile: each value of a row is loaded once and stored once, by the thread that loaded it, and no
-store can overtake a load of the same address. Heads and columns are padded to powers of two
-and masked. Arithmetic is fp32. Offsets of rows, pages and slots are int64, within a row int32.
+other tile, and each address of a row is loaded in one place of the program and stored in one. Which
+threads do so is Triton's choice: several warps load a tile that is smaller than they are together
+(K's at TP8), and rows that are not aligned are stored by other threads than load them. Hence the
+barrier between the loads and the stores in place. Heads and columns are padded to powers of two and
+masked. Arithmetic is fp32. Offsets of rows, pages and slots are int64, within a row int32.
 
 There is no inline assembly, so all of this also runs in Triton's interpreter.
 """
@@ -191,6 +193,8 @@ def prologue_kernel(
             k_sum += tl.sum(_squares(k_c))
     else:
         q_sum, k_sum = tl.load(sums + token * 2), tl.load(sums + token * 2 + 1)
+    # No warp stores in place what another has still to load.
+    tl.debug_barrier()
     q_inverse = _inverse(q_sum, q_divisor, eps)
     k_inverse = _inverse(k_sum, k_divisor, eps)
 

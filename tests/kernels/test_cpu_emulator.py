@@ -17,7 +17,18 @@ def library():
     return emulator.build("toys", (emulator.HERE / "toys.cpp").read_text())
 
 
-def run(library, name, *, blocks=1, threads=64, launches=1, overlaps=False, seed=0, count=0):
+def run(
+    library,
+    name,
+    *,
+    blocks=1,
+    threads=64,
+    launches=1,
+    overlaps=False,
+    lets_in_last=False,
+    seed=0,
+    count=0,
+):
     data = np.arange(64, dtype=np.float32)
     words = np.zeros(2, dtype=np.uint64)
     with emulator.Machine(library, 1, seed) as machine:
@@ -30,6 +41,7 @@ def run(library, name, *, blocks=1, threads=64, launches=1, overlaps=False, seed
                 blocks,
                 threads,
                 overlaps,
+                lets_in_last,
                 *(emulator.ctypes.c_void_p(x.ctypes.data) for x in (data, words)),
                 count,
             )
@@ -80,6 +92,14 @@ def test_a_dependent_launch_that_does_not_wait_is_caught(library):
         run(library, "increment_too_early", launches=4, seed=seed)
         with pytest.raises(emulator.KernelError, match="a race with launch"):
             run(library, "increment_too_early", launches=4, overlaps=True, seed=seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_poll_after_the_next_grid_was_let_in_is_caught_where_channels_share_a_chip(library, seed):
+    run(library, "polls_then_lets_in", lets_in_last=True, seed=seed)
+    run(library, "lets_in_then_polls", seed=seed)
+    with pytest.raises(emulator.KernelError, match=r"after its block has let the next grid in"):
+        run(library, "lets_in_then_polls", lets_in_last=True, seed=seed)
 
 
 def test_relaxed_stores_arrive_in_any_order(library):

@@ -15,17 +15,20 @@ import torch
 from jit_kernels.qk_norm_rope import cuda, reference
 from jit_kernels.qk_norm_rope.contract import Group, Request
 from tests.kernels.cases import (
+    BEYOND_FP32,
+    EPS,
     GROUPS,
-    OVERFLOWING,
     PUBLISHED,
     SPECIALS,
     Case,
     Rank,
     assert_outcome,
+    assert_rounded_once,
     assert_same_as_fp32_reference,
     cut,
     make_case,
     truth,
+    with_indices,
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -139,10 +142,13 @@ def test_special_rows_neither_hang_nor_spread(size: int) -> None:
     assert_right(group_for(case, size), case, size)
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, FP8, torch.float8_e5m2])
+@pytest.mark.parametrize("eps", [0.0, EPS])
 @pytest.mark.parametrize("size", [1, 8])
-def test_beyond_fp32_it_does_what_the_fp32_reference_does(size: int) -> None:
-    rows = [OVERFLOWING, SPECIALS[0], SPECIALS[1]]
-    case = make_case(5, cache_dtype=torch.bfloat16, eps=0.0).with_rows(rows)
+def test_beyond_fp32_it_does_what_the_fp32_reference_does(
+    size: int, eps: float, cache_dtype: torch.dtype
+) -> None:
+    case = make_case(8, cache_dtype=cache_dtype, eps=eps).with_rows(BEYOND_FP32)
     assert_same_as_fp32_reference(case, serve(group_for(case, size), case, size))
 
 
@@ -185,7 +191,7 @@ def test_words_that_no_call_uses_are_cleared() -> None:
 
 
 def test_graph_replays_draw_fresh_epochs() -> None:
-    case = make_case(7, cache_dtype=torch.bfloat16)
+    case = make_case(7, cache_dtype=torch.bfloat16, rotary_dim=0)
     ranks = ranks_of(case, 8)
     group = cuda.prepare_virtual(request_of(ranks[0]))
     calls = [rank.call(Group(8)) for rank in ranks]
@@ -201,15 +207,127 @@ def test_graph_replays_draw_fresh_epochs() -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert (group.channel.ticket - start == 2 * (replay + 1) << 32).all()
-    # Twice normed: the reference, twice, in one rounding less than a unit of each other.
-    twice = [cut(case, 8, n) for n in range(8)]
+    assert_normed_twice(case, ranks)
+
+
+def assert_normed_twice(case: Case, ranks: list[Rank]) -> None:
+    """q and k are what two calls of the reference, one after the other, make of the case.
+
+    Of a case without rotation, which can cancel: a step of the first result would be any number of
+    steps of the second.
+    """
+    assert case.positions is None
+    size = len(ranks)
+    twice = [cut(case, size, n) for n in range(size)]
     for _ in range(2):
         total = torch.stack([reference.square_sums(rank.q, rank.k) for rank in twice]).sum(0)
         for rank in twice:
-            reference.apply_(rank.call(Group(8)), total)
+            reference.apply_(rank.call(Group(size)), total)
     for got, want in zip(ranks, twice, strict=True):
-        # A first rounding that fell the other way (2**-8) moves a second result by as much.
-        torch.testing.assert_close(got.q.cpu(), want.q, rtol=2**-6, atol=2**-6)
+        for x, right in ((got.q, want.q), (got.k, want.k)):
+            # A first rounding that fell the other way, a step of 2**-7 at most, and a second one.
+            torch.testing.assert_close(x.cpu(), right, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 513])
+def test_lone_rank_in_a_graph_waits_for_the_kernel_before_it(tokens: int) -> None:
+    case = make_case(tokens, cache_dtype=FP8)
+    rank = cut(case, 1, 0, device="cuda")
+    run, call = cuda.prepare(request_of(rank)), rank.call(Group())
+    source, one = rank.packed.clone(), torch.ones((), dtype=rank.packed.dtype, device="cuda")
+    rank.packed.zero_()
+    assert rank.cache is not None
+    caches = [rank.cache.k_cache, rank.cache.v_cache]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.mul(source, one, out=rank.packed)  # a kernel, as a projection is: no copy of memory
+        run(call)
+    for _ in range(2):
+        rank.packed.zero_()
+        for cache in caches:
+            cache.copy_(torch.full(cache.shape, 7.0, device="cuda").to(cache.dtype))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_outcome(rank, truth(case, 1, 0), case)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_dependent_launch_waits_for_the_one_before(captured: bool) -> None:
+    # Two calls in a row on the same rows: the second is let onto the chip before the first ends.
+    case = make_case(513, cache_dtype=torch.bfloat16, rotary_dim=0)
+    rank = cut(case, 1, 0, device="cuda")
+    run, call = cuda.prepare(request_of(rank)), rank.call(Group())
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run(call)
+            run(call)
+        graph.replay()
+    else:
+        run(call)
+        run(call)
+    torch.cuda.synchronize()
+    assert_normed_twice(case, [rank])
+
+
+@pytest.mark.parametrize("widths", [("int", "int"), ("int", "long"), ("long", "int")])
+@pytest.mark.parametrize("size", [1, 8])
+def test_indices_of_either_width(size: int, widths: tuple[str, str]) -> None:
+    case = with_indices(make_case(9, cache_dtype=FP8), *widths)
+    assert_right(group_for(case, size), case, size)
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_fp8_is_rounded_once(size: int) -> None:
+    case = make_case(64, cache_dtype=FP8)
+    assert_rounded_once(case, serve(group_for(case, size), case, size))
+
+
+@pytest.mark.parametrize("first_slot", [0, 1])
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_slots_below_the_first_are_left_alone(page_size: int, first_slot: int) -> None:
+    case = make_case(9, cache_dtype=torch.bfloat16, page_size=page_size)
+    assert case.slots is not None
+    assert (case.slots == 0).any()
+    case = replace(case, first_slot=first_slot)
+    assert_right(group_for(case, 2), case, 2)
+
+
+def test_no_tokens_launch_nothing() -> None:
+    few, none = (make_case(tokens, cache_dtype=torch.bfloat16) for tokens in (1, 0))
+    alone = cut(none, 1, 0, device="cuda")
+    cuda.prepare(request_of(alone))(alone.call(Group()))
+    group = group_for(few, 4)
+    before = group.channel.ticket.clone()
+    serve(group, none, 4)
+    assert torch.equal(group.channel.ticket, before)
+    assert_right(group, few, 4)
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_cache_rows_beyond_32_bits(page_size: int) -> None:
+    case = make_case(4, cache_dtype=FP8, page_size=page_size)
+    case = replace(case, slots=torch.tensor([47, 32, 3, -1]))
+    rank = cut(case, 1, 0, device="cuda")
+    assert rank.cache is not None
+    # The slots from 32 on lie 2^32 bytes behind the first.
+    apart = 2**31 if page_size else 2**27
+    shape, strides = rank.cache.k_cache.shape, (apart, *rank.cache.k_cache.stride()[1:])
+    extent = 1 + sum((count - 1) * step for count, step in zip(shape, strides, strict=True))
+    if torch.cuda.mem_get_info()[0] < 2 * extent + 2**30:
+        pytest.skip(f"needs {2 * extent / 2**30:.0f} GiB of GPU memory")
+    near = (rank.cache.k_cache, rank.cache.v_cache)
+    k_cache, v_cache = (
+        torch.empty(extent, dtype=FP8, device="cuda").as_strided(shape, strides).copy_(x)
+        for x in near
+    )
+    rank.cache = replace(rank.cache, k_cache=k_cache, v_cache=v_cache)
+    cuda.prepare(request_of(rank))(rank.call(Group()))
+    torch.cuda.synchronize()
+    for x, far in zip(near, (k_cache, v_cache), strict=True):
+        x.copy_(far)  # back together, to be looked at
+    rank.cache = replace(rank.cache, k_cache=near[0], v_cache=near[1])
+    assert_outcome(rank, truth(case, 1, 0), case)
 
 
 def test_lone_rank_through_prepare_and_alignment() -> None:
@@ -227,10 +345,10 @@ def test_lone_rank_through_prepare_and_alignment() -> None:
 
 
 def test_exchange_compiled_out_takes_the_own_sums() -> None:
-    case, size = make_case(5, heads=PUBLISHED), 4
+    case, size = make_case(5, heads=PUBLISHED, rotary_dim=0), 4
     for n, rank in enumerate(serve(group_for(case, size, exchange=False), case, size)):
         want = cut(case, size, n)
         own = reference.square_sums(want.q, want.k) * size
         reference.apply_(want.call(Group(size)), own)
-        # One unit in the last place: fp32 sums in another order.
+        # One unit in the last place: fp32 sums in another order, and no rotation that cancels.
         torch.testing.assert_close(rank.q.cpu(), want.q, rtol=2**-7, atol=2**-20)

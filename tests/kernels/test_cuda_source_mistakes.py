@@ -59,6 +59,14 @@ EIGHT = Scenario(
     Shape.of(WITH_CACHE, 8), lambda kernels: scenarios.right(kernels, WITH_CACHE, 8, Options(3, 2))
 )
 FP8 = Scenario(Shape.of(WITH_CACHE, 8), lambda kernels: scenarios.rounded_once(kernels, 8))
+WITH_BF16 = cases.make_case(7, cache_dtype=torch.bfloat16).with_rows(cases.SPECIALS)
+BF16 = Scenario(
+    Shape.of(WITH_BF16, 1), lambda kernels: scenarios.right(kernels, WITH_BF16, 1, Options(3, 2))
+)
+NARROW = cases.with_indices(WITH_CACHE, "long", "int")
+MIXED = Scenario(
+    Shape.of(NARROW, 1), lambda kernels: scenarios.right(kernels, NARROW, 1, Options(3, 2))
+)
 FAR = Scenario(Shape.of(WITH_CACHE, 2), scenarios.offsets_beyond_32_bits)
 CALLS = _sequences(scenarios.THREE)
 EARLY = _sequences(scenarios.THREE, overlaps=True, launch_early=True)
@@ -266,6 +274,41 @@ MISTAKES = (
         "nobody can go on|the epochs are",
     ),
     Mistake(
+        "slots read in the width of positions",
+        KERNEL,
+        "index_at(params.slots, params.wide_slots, token)",
+        "index_at(params.slots, params.wide_positions, token)",
+        MIXED,
+        "outside of it|not aligned|written where|values are off",
+    ),
+    Mistake(
+        "infinity not kept in the V cache",
+        KERNEL,
+        "      jit::store<16>(to, rounded);\n",
+        """      jit::widen<T>(rounded, y);
+      for (float& each : y) each = each == each && each - each != 0.0f ? 0.0f : each;
+      jit::store<16>(to, jit::narrow<T>(y));
+""",
+        BF16,
+        "V cache: 1 of .* values are off.* 0.0 where inf",
+    ),
+    Mistake(
+        "the next grid let in at once where channels share the chip",
+        KERNEL,
+        "if (!S::kExchanges || params.launch_early) jit::",
+        "if (true) jit::",
+        CALLS,
+        "after its block has let the next grid in",
+    ),
+    Mistake(
+        "the next grid let in after the first token",
+        KERNEL,
+        "if (S::kExchanges && last && !params.launch_early)",
+        "if (S::kExchanges && !params.launch_early)",
+        CALLS,
+        "after its block has let the next grid in",
+    ),
+    Mistake(
         "no wait for the call before",
         KERNEL,
         "  jit::grid_dependency_wait();\n",
@@ -311,7 +354,7 @@ def test_unaligned_rows_do_not_go_unnoticed():
         run_case(Kernels([Shape.of(case, 8)]), case, 8, offset=1)
 
 
-SCENARIOS = {"one": ONE, "eight": EIGHT, "fp8": FP8, "far": FAR}
+SCENARIOS = {"one": ONE, "eight": EIGHT, "fp8": FP8, "bf16": BF16, "mixed": MIXED, "far": FAR}
 SCENARIOS |= {"calls": CALLS, "early": EARLY, "wrap": WRAP}
 
 

@@ -7,7 +7,6 @@ Not covered: what only hardware has (rsqrtf's last bit, FMA contraction, timing,
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -95,12 +94,10 @@ def test_other_rotations_and_heads(size, rotary_dim, head_dim):
     assert_right(case, prologue.run_case(kernels(shape), case, size, spare_columns=0))
 
 
+@pytest.mark.parametrize("widths", [("int", "int"), ("int", "long"), ("long", "int")])
 @pytest.mark.parametrize("size", [1, 16])
-def test_narrow_indices(size):
-    case = cases.make_case(7, cache_dtype=E4M3)
-    assert case.positions is not None
-    assert case.slots is not None
-    case = replace(case, positions=case.positions.int(), slots=case.slots.int())
+def test_narrow_indices(size, widths):
+    case = cases.with_indices(cases.make_case(7, cache_dtype=E4M3), *widths)
     shape = prologue.Shape.of(case, size)
     assert_right(case, prologue.run_case(kernels(shape), case, size))
 
@@ -112,10 +109,9 @@ def test_fp8_is_rounded_once(size):
 
 
 @pytest.mark.parametrize("eps", [0.0, cases.EPS])
-@pytest.mark.parametrize("size", [1, 16])
-def test_beyond_fp32_it_does_what_the_fp32_reference_does(size, eps):
-    specials = [cases.OVERFLOWING, cases.SPECIALS[0]]
-    case = cases.make_case(4, cache_dtype=E4M3, eps=eps).with_rows(specials)
+@pytest.mark.parametrize(("size", "cache"), [(1, BF16), (16, E4M3), (1, E5M2)])
+def test_beyond_fp32_it_does_what_the_fp32_reference_does(size, cache, eps):
+    case = cases.make_case(8, cache_dtype=cache, eps=eps).with_rows(cases.BEYOND_FP32)
     shape = prologue.Shape.of(case, size)
     ranks = prologue.run_case(kernels(shape), case, size)
     cases.assert_same_as_fp32_reference(case, ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -177,3 +178,56 @@ def test_a_malformed_call_is_refused_in_one_sentence(changed, says):
     check(call())
     with pytest.raises(ValueError, match=says):
         check(changed())
+
+
+def overwritten(name: str, slot: int, value: float) -> Callable[[cases.Rank], None]:
+    """A slot of a rank's cache, dense or paged, that holds something else."""
+
+    def change(rank: cases.Rank) -> None:
+        buffer = getattr(rank.cache, name)
+        row = buffer[slot] if buffer.dim() == 3 else buffer[slot // 16, slot % 16]
+        row.copy_(torch.full(row.shape, value).to(row.dtype))
+
+    return change
+
+
+# Of `BEYOND_FP32` in slots 3 to 5: a sum that overflows, zeros, an infinity; in 9 an ordinary row.
+CHANGES = (
+    overwritten("k_cache", 4, 0.0),  # NaN
+    overwritten("v_cache", 3, 0.0),
+    overwritten("v_cache", 5, 0.0),
+    overwritten("k_cache", 9, 1.0),
+    overwritten("k_cache", 20, 1.0),  # no token's
+    overwritten("v_cache", 0, 1.0),  # of padding
+)
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("cache", [torch.bfloat16, E4M3, E5M2])
+def test_beyond_fp32_a_wrong_cache_is_noticed(cache, page_size):
+    case = cases.make_case(7, cache_dtype=cache, page_size=page_size, eps=0.0)
+    case = case.with_rows(cases.BEYOND_FP32)
+    case = replace(case, slots=torch.tensor([3, 4, -1, 0, -1, 5, 9]))
+    ranks = cases.run_group(case, 8, reference.run)
+    cases.assert_same_as_fp32_reference(case, ranks)
+    for change in CHANGES:
+        ranks = cases.run_group(case, 8, reference.run)
+        change(ranks[3])
+        with pytest.raises(AssertionError, match="values are off"):
+            cases.assert_same_as_fp32_reference(case, ranks)
+
+
+@pytest.mark.parametrize("got", [0.0, 1.0, -torch.inf, torch.nan])
+def test_nothing_but_infinity_is_infinity(got):
+    want = torch.tensor([[torch.inf]], dtype=torch.float64)
+    cases.close("x", want.bfloat16(), want, want.abs())
+    with pytest.raises(AssertionError, match="1 values are off"):
+        cases.close("x", torch.full((1, 1), got).bfloat16(), want, want.abs())
+
+
+def test_beyond_the_type_is_infinity_or_nearly_the_largest():
+    want = torch.tensor([[65510.0, 65600.0]], dtype=torch.float64)  # fp16: 65504 at most
+    for right in ([torch.inf, torch.inf], [65504.0, torch.inf]):
+        cases.close("x", torch.tensor([right]).half(), want, want)
+    with pytest.raises(AssertionError, match="token 0, column 1"):
+        cases.close("x", torch.tensor([[torch.inf, 65504.0]]).half(), want, want)

@@ -158,16 +158,12 @@ def test_any_alignment_and_row_stride(layout, dtype):
     verify(cases.make_case(3, dtype, heads=cases.THIRDS, cache_dtype=E4M3), 3, **layout)
 
 
+@pytest.mark.parametrize("widths", [("int", "int"), ("int", "long"), ("long", "int")])
 @pytest.mark.parametrize("page_size", [0, 16])
-def test_indices_of_32_bits_and_narrow_angles(page_size):
+def test_indices_of_32_bits_and_narrow_angles(page_size, widths):
     case = cases.make_case(5, heads=cases.THIRDS, cache_dtype=BF16, page_size=page_size)
-    case = replace(
-        case,
-        positions=case.positions.int(),
-        slots=case.slots.int(),
-        cos_sin_cache=case.cos_sin_cache.bfloat16(),
-    )
-    verify(case, 1)
+    case = replace(case, cos_sin_cache=case.cos_sin_cache.bfloat16())
+    verify(cases.with_indices(case, *widths), 1)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
@@ -177,13 +173,13 @@ def test_beyond_fp32_and_without_eps_as_the_reference(dtype, size, eps):
     """A row of zeros without eps is NaN, one whose sum overflows is zero; neither is special."""
     case = cases.make_case(6, dtype, heads=cases.THIRDS, eps=eps)
     verify(case.with_rows(cases.SPECIALS), size)
-    # Of two rows: what they become is exact, so that the bound holds after a rotation too.
-    case = cases.make_case(2, dtype, heads=cases.THIRDS, eps=eps)
-    case = case.with_rows([cases.SPECIALS[0], cases.OVERFLOWING])
+    cache = E4M3 if size == 1 else dtype
+    case = cases.make_case(8, dtype, heads=cases.THIRDS, eps=eps, cache_dtype=cache)
+    case = case.with_rows(cases.BEYOND_FP32)
     ranks = cases.run_group(case, size, prepared(case, size), device=DEVICE)
     cases.assert_same_as_fp32_reference(case, ranks)
-    assert ranks[0].q[0].isnan().all() == (eps == 0)
-    assert (ranks[0].q[1] == 0).all()
+    assert (ranks[0].q[0] == 0).all()
+    assert ranks[0].q[1].isnan().all() == (eps == 0)
 
 
 def test_replicas_hold_the_same_bits():

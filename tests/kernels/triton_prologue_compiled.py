@@ -27,10 +27,14 @@ from jit_kernels.qk_norm_rope.contract import Request
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 # Query heads and KV heads of a rank, ranks, dtype of q, dtype of the cache.
 SHAPES = ((48, 8, 1, BF16, E4M3), (48, 8, 1, torch.float16, None), (3, 1, 16, BF16, BF16))
+# Two warps, both of which load K's tiles, and no sum over the block that makes them wait.
+REPLICATED = (6, 1, 8, BF16, BF16)
+# Rows that are stored by other threads than load them.
+UNALIGNED = {"q_stride": 1029, "k_stride": 1029, "v_stride": 1029}
 
 
-def compiled(kernel: JITFunction, arguments: dict[str, Any], capability: int) -> dict[str, int]:
-    """Registers a thread, stack and spilled bytes of `kernel` as launched with `arguments`."""
+def compiled(kernel: JITFunction, arguments: dict[str, Any], capability: int) -> dict[str, Any]:
+    """The code of `kernel` as launched with `arguments`: "ptx" and "cubin"."""
     signature, constants, attributes = {}, {}, {}
     for parameter in kernel.params:
         value, place = arguments[parameter.name], (parameter.num,)
@@ -44,7 +48,31 @@ def compiled(kernel: JITFunction, arguments: dict[str, Any], capability: int) ->
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
     options = {"num_warps": arguments["num_warps"]}
-    return usage(triton.compile(source, target=target, options=options).asm["cubin"])
+    code: dict[str, Any] = triton.compile(source, target=target, options=options).asm
+    return code
+
+
+def assert_nothing_is_stored_before_all_is_loaded(ptx: str) -> None:
+    """A barrier of the block comes after all loads from global memory and before all stores."""
+    # The code is straight: what comes first in the text comes first.
+    steps = re.findall(r"\b(ld\.global|st\.global|bar\.sync)\b", ptx)
+    stores = steps.index("st.global")
+    loads = len(steps) - steps[::-1].index("ld.global")
+    assert "bar.sync" in steps[loads:stores], f"{steps}: a warp may store before another has loaded"
+
+
+def arguments_of(
+    shape: tuple[int, int, int, torch.dtype, torch.dtype | None],
+) -> dict[str, dict[str, Any]]:
+    """What each kernel that serves `shape` is launched with."""
+    q_heads, kv_heads, size, dtype, cache = shape
+    request = Request("cuda", dtype, q_heads, kv_heads, 128, 64, cache, size)
+    call = implementation.usual_call(request)
+    sums = torch.empty(1, 2, device="meta")
+    kernels = {"prologue": implementation.prologue_arguments(request, call, sums)}
+    if size > 1:
+        kernels["sums"] = implementation.sums_arguments(call, sums)
+    return kernels
 
 
 def usage(cubin: bytes) -> dict[str, int]:
@@ -63,18 +91,20 @@ def main(capabilities: list[int]) -> None:
     """Compile every shape for every capability in the working directory."""
     found = []
     for capability in capabilities:
-        for q_heads, kv_heads, size, dtype, cache in SHAPES:
-            request = Request("cuda", dtype, q_heads, kv_heads, 128, 64, cache, size)
-            call = implementation.usual_call(request)
-            sums = torch.empty(1, 2, device="meta")
-            kernels = {"prologue": implementation.prologue_arguments(request, call, sums)}
-            if size > 1:
-                kernels["sums"] = implementation.sums_arguments(call, sums)
-            for name, arguments in kernels.items():
-                kernel = getattr(triton_kernels, f"{name}_kernel")
-                took = compiled(kernel, arguments, capability)
-                shape = f"{q_heads}/{kv_heads} heads, cache {cache}"
-                found.append({"kernel": name, "sm": capability, "shape": shape, **took})
+        for shape in SHAPES:
+            for name, arguments in arguments_of(shape).items():
+                code = compiled(getattr(triton_kernels, f"{name}_kernel"), arguments, capability)
+                what = f"{shape[0]}/{shape[1]} heads, cache {shape[4]}"
+                found.append(
+                    {"kernel": name, "sm": capability, "shape": what, **usage(code["cubin"])}
+                )
+                if name == "prologue" and arguments["num_warps"] > 1:
+                    assert_nothing_is_stored_before_all_is_loaded(code["ptx"])
+    for strides in ({}, UNALIGNED):
+        arguments = arguments_of(REPLICATED)["prologue"] | strides
+        assert arguments["num_warps"] > 1
+        code = compiled(triton_kernels.prologue_kernel, arguments, capabilities[0])
+        assert_nothing_is_stored_before_all_is_loaded(code["ptx"])
     print(json.dumps(found))
 
 

@@ -3,8 +3,6 @@
 // The caller has checked shapes, dtypes, strides and alignment; this only fills Params and launches.
 #pragma once
 
-#include <mutex>
-
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
@@ -53,15 +51,15 @@ struct Binding {
     return static_cast<int64_t>(blocks) * multiprocessors;
   }
 
-  // Launch on the current stream. v, slots and the caches: absent without a cache. positions and
-  // cos_sin: absent without a rotation. pointers and ticket: absent without an exchange.
-  // blocks: of the grid, a rank. dependent: a programmatic dependent launch.
-  static void launch(TensorView q, TensorView k, TensorView q_weight, TensorView k_weight,
-                     double q_divisor, double k_divisor, double eps, MaybeTensor positions,
-                     MaybeTensor cos_sin, MaybeTensor v, MaybeTensor k_cache, MaybeTensor v_cache,
-                     MaybeTensor slots, double k_scale, double v_scale, int64_t first_slot,
-                     MaybeTensor pointers, MaybeTensor ticket, int64_t rank, int64_t buffer_slots,
-                     int64_t blocks, bool dependent, bool launch_early) {
+  // What a launch is given; calls nothing of CUDA. v, slots and the caches: absent without a cache.
+  // positions and cos_sin: absent without a rotation. pointers and ticket: absent without an
+  // exchange.
+  static Params params(TensorView q, TensorView k, TensorView q_weight, TensorView k_weight,
+                       double q_divisor, double k_divisor, double eps, MaybeTensor positions,
+                       MaybeTensor cos_sin, MaybeTensor v, MaybeTensor k_cache,
+                       MaybeTensor v_cache, MaybeTensor slots, double k_scale, double v_scale,
+                       int64_t first_slot, MaybeTensor pointers, MaybeTensor ticket, int64_t rank,
+                       int64_t buffer_slots, bool launch_early) {
     Params params{};
     params.q = rows(q);
     params.k = rows(k);
@@ -95,7 +93,21 @@ struct Binding {
       params.rank = static_cast<uint32_t>(rank);
       params.launch_early = launch_early;
     }
-    start(params, q.device(), static_cast<unsigned>(blocks), dependent);
+    return params;
+  }
+
+  // Launch on the current stream, with the arguments of `params`. blocks: of the grid, a rank.
+  // dependent: a programmatic dependent launch.
+  static void launch(TensorView q, TensorView k, TensorView q_weight, TensorView k_weight,
+                     double q_divisor, double k_divisor, double eps, MaybeTensor positions,
+                     MaybeTensor cos_sin, MaybeTensor v, MaybeTensor k_cache, MaybeTensor v_cache,
+                     MaybeTensor slots, double k_scale, double v_scale, int64_t first_slot,
+                     MaybeTensor pointers, MaybeTensor ticket, int64_t rank, int64_t buffer_slots,
+                     int64_t blocks, bool dependent, bool launch_early) {
+    start(params(q, k, q_weight, k_weight, q_divisor, k_divisor, eps, positions, cos_sin, v,
+                 k_cache, v_cache, slots, k_scale, v_scale, first_slot, pointers, ticket, rank,
+                 buffer_slots, launch_early),
+          q.device(), static_cast<unsigned>(blocks), dependent);
   }
 
  private:

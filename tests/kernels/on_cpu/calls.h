@@ -36,12 +36,15 @@ struct Machine;
 
 // Where a kernel is launched. ranks_in_grid: a thread's rank is its blockIdx.y, not its stream.
 // overlaps: a programmatic dependent launch, which may start before the one ahead of it has ended.
+// lets_in_last: a block that has let the next grid in may not poll any more (docs/exchange.md, "Room
+// on the chip").
 struct Grid {
   int stream;
   Index blocks;
   unsigned threads;
   bool ranks_in_grid = false;
   bool overlaps = false;
+  bool lets_in_last = false;
 };
 
 // `call` is given a copy of the `bytes` at `bound`, aligned to 16.

@@ -67,7 +67,7 @@ def cuda_headers() -> Path | None:
 
 
 @cache
-def _store() -> Path:
+def store() -> Path:
     """Where compiled objects are kept, for this user alone."""
     folder = Path(tempfile.gettempdir()) / f"jit-kernels-on-cpu-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -86,11 +86,11 @@ def _made(
     where: one more argument, a folder whose files are among the inputs. source: its stdin.
     """
     key = hashlib.sha256(inputs + repr(command).encode()).hexdigest()[:24]
-    target = _store() / f"{key}-{name}"
+    target = store() / f"{key}-{name}"
     if target.exists():
         target.touch()
         return target
-    with tempfile.TemporaryDirectory(dir=_store()) as scratch:
+    with tempfile.TemporaryDirectory(dir=store()) as scratch:
         made = Path(scratch) / name
         result = subprocess.run(
             [*command, *([where] if where else []), "-o", str(made)],

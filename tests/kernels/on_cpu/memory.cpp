@@ -198,6 +198,9 @@ std::uint64_t load_word(const std::uint64_t* word, Where where) {
   const Buffer& buffer = word_buffer(word, where);
   if (buffer.owner != self.block->rank())
     machine->fail_at(where, "polls %s, which is a peer's", buffer.name.c_str());
+  if (self.block->launch->grid.lets_in_last && self.block->lets_next_start)
+    machine->fail_at(where, "polls %s after its block has let the next grid in",
+                     buffer.name.c_str());
   std::uint64_t& version = machine->deliveries[static_cast<std::size_t>(self.block->rank())];
   if (self.polled_at != version) self.polls = 0;
   self.polled_at = version;

@@ -90,7 +90,12 @@ EXPORT int prologue_launch(on_cpu::Machine* machine, unsigned shape, int stream,
   Params params{};
   if (!set(params, *arguments)) return 0;
   on_cpu::launch(*machine,
-                 {stream, {blocks, y}, chosen.threads, chosen.ranks_in_grid > 0, overlaps != 0},
+                 {.stream = stream,
+                  .blocks = {blocks, y},
+                  .threads = chosen.threads,
+                  .ranks_in_grid = chosen.ranks_in_grid > 0,
+                  .overlaps = overlaps != 0,
+                  .lets_in_last = !params.launch_early},
                  chosen.kernel, params);
   return 1;
 }

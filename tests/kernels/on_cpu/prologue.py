@@ -16,17 +16,10 @@ import numpy as np
 import torch
 
 from jit_kernels.qk_norm_rope.contract import CacheWrite
+from jit_kernels.qk_norm_rope.cuda import TYPES
 from tests.kernels import cases
 from tests.kernels.on_cpu import emulator
 from tests.kernels.on_cpu.emulator import READ_ONLY, READ_WRITE, WORDS
-
-CPP_TYPES = {
-    torch.bfloat16: "__nv_bfloat16",
-    torch.float16: "__half",
-    torch.float8_e4m3fn: "__nv_fp8_e4m3",
-    torch.float8_e5m2: "__nv_fp8_e5m2",
-    None: "void",
-}
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class Shape:
 
     def cpp(self) -> str:
         """The template arguments."""
-        types = f"{CPP_TYPES[self.dtype]}, {CPP_TYPES[self.cache_dtype]}"
+        types = f"{TYPES[self.dtype]}, {TYPES[self.cache_dtype]}"
         numbers = (*self.heads, self.head_dim, self.rotary_dim, self.ranks)
         return f"Shape<{types}, {', '.join(map(str, numbers))}, {str(self.virtual).lower()}>"
 

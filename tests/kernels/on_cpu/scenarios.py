@@ -51,17 +51,7 @@ def right(kernels: Kernels, case: cases.Case, size: int, options: Options) -> No
 def rounded_once(kernels: Kernels, size: int) -> None:
     """FP8 values come from fp32, not from what was rounded to bf16 before."""
     case = cases.make_case(64, cache_dtype=E4M3)
-    for rank in run_case(kernels, case, size):
-        want = cases.truth(case, size, rank.shard.rank)
-        assert rank.cache is not None
-        assert want.k_cache is not None
-        kept = rank.cache.slots >= rank.cache.first_slot
-        got = rank.cache.k_cache.float().flatten(1)[rank.cache.slots[kept]]
-        # fp32 arithmetic puts a value on the other side of a tie once in some thousands; rounding
-        # to bf16 first, once in some tens.
-        once = want.k_cache[kept].clamp(-448, 448).to(E4M3)
-        share = (got.double() == once.double()).double().mean()
-        assert share > 0.999, f"{share:.4f} of the values are rounded once"
+    cases.assert_rounded_once(case, run_case(kernels, case, size))
 
 
 def offsets_beyond_32_bits(kernels: Kernels) -> None:

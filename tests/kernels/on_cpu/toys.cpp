@@ -107,6 +107,25 @@ __global__ void count_threads(const __grid_constant__ Params p) {
   atomicAdd(reinterpret_cast<unsigned long long*>(p.words), 1ull);
 }
 
+__global__ void polls_then_lets_in(const __grid_constant__ Params p) {
+  if (threadIdx.x == 0) jit::st_relaxed_sys(p.words, 1);
+  while (jit::ld_relaxed_sys(p.words) == 0) {
+  }
+  __syncthreads();
+  jit::grid_dependency_launch();
+}
+
+// Of two words: all but the last poll are over.
+__global__ void lets_in_then_polls(const __grid_constant__ Params p) {
+  if (threadIdx.x < 2) jit::st_relaxed_sys(p.words + threadIdx.x, 1);
+  while (jit::ld_relaxed_sys(p.words) == 0) {
+  }
+  __syncthreads();
+  jit::grid_dependency_launch();
+  while (jit::ld_relaxed_sys(p.words + 1) == 0) {
+  }
+}
+
 __global__ void increment(const __grid_constant__ Params p) {
   jit::grid_dependency_wait();
   jit::grid_dependency_launch();
@@ -134,17 +153,20 @@ const Toy kToys[] = {
     TOY(polls_forever),      TOY(relaxed_message),
     TOY(ordered_stores),     TOY(count_threads),
     TOY(increment),          TOY(increment_too_early),
+    TOY(polls_then_lets_in), TOY(lets_in_then_polls),
 };
 
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) int toy_launch(
     on_cpu::Machine* machine, const char* name, unsigned blocks, unsigned threads, int overlaps,
-    float* data, std::uint64_t* words, int count) {
+    int lets_in_last, float* data, std::uint64_t* words, int count) {
   for (const Toy& toy : kToys) {
     if (std::strcmp(toy.name, name) != 0) continue;
     const Params params{data, words, count};
-    on_cpu::launch(*machine, {0, {blocks, 1}, threads, false, overlaps != 0}, toy.kernel, params);
+    on_cpu::launch(*machine,
+                   {0, {blocks, 1}, threads, false, overlaps != 0, lets_in_last != 0}, toy.kernel,
+                   params);
     return 0;
   }
   return 1;
