@@ -3,7 +3,8 @@
 An implementation is a name, `refusal(request)`, which says why it cannot serve a request or None,
 and `prepare(request)`, which compiles what it needs (KernelUnavailable with the compiler's message
 where that fails) and returns what runs it. An operator lists its implementations fastest first,
-its reference, which refuses nothing, last.
+its reference, which refuses nothing, last. Where either raises something else, that too only passes
+the implementation over.
 """
 
 from __future__ import annotations
@@ -80,7 +81,22 @@ def _preferred(
 
 
 def _ready(implementation: Implementation[RequestT, RunT], request: RequestT) -> RunT:
-    refusal = implementation.refusal(request)
-    if refusal is not None:
-        raise KernelUnavailable(refusal)
-    return implementation.prepare(request)
+    try:
+        refusal = implementation.refusal(request)
+        if refusal is None:
+            return implementation.prepare(request)
+    except KernelUnavailable:
+        raise
+    except Exception as error:  # one that nobody foresaw must not end a server that can do without
+        raise KernelUnavailable(one_line(error)) from error
+    raise KernelUnavailable(refusal)
+
+
+def one_line(error: BaseException) -> str:
+    """The type of an error and its message. KernelUnavailable is a sentence without its name.
+
+    >>> one_line(ValueError("one\\n  two")), one_line(KernelUnavailable("no nvcc"))
+    ('ValueError: one two', 'no nvcc')
+    """
+    name = "" if isinstance(error, KernelUnavailable) else f"{type(error).__name__}: "
+    return " ".join(f"{name}{error}".split())

@@ -1,11 +1,13 @@
 """Compile CUDA sources on first use and load them through apache-tvm-ffi.
 
-A kernel is a small generated source that includes a header and instantiates it for one shape. The
-library lies in a cache folder under a name that hashes everything it was made from, so that later
-processes, and machines without a compiler that were given the folder, only load it. Ranks that
-start together take a file lock: one compiles, the others load.
+A kernel is a small generated source that includes a header and instantiates it for one shape, which
+takes about 12 s. The library lies in a cache folder (library_cache.py) under a name that hashes
+what it is made from, and says the CUDA major of the nvcc (toolchain.py) that made it, so that later
+processes, and machines without a compiler that were given the folder, only load it. Of ranks that
+start together one compiles, and the others load what it made or hear why it could not; where the
+file system has no locks, each compiles.
 
-`JIT_KERNELS_CACHE` sets the folder; by default it is jit_kernels in the user's cache folder.
+Whatever goes wrong is KernelUnavailable, on which the caller takes another implementation.
 """
 
 from __future__ import annotations
@@ -13,24 +15,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
-import os
+import platform
 import re
-import shutil
-import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jit_kernels.choice import KernelUnavailable
+from jit_kernels import library_cache as cache
+from jit_kernels import toolchain
+from jit_kernels.choice import KernelUnavailable, one_line
+from jit_kernels.toolchain import CompileFailed, Compiler
 
 ROOT = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3")
 LIBRARY_FLAGS = ("-shared", "-Xcompiler", "-fPIC")
-# A kernel of this package takes seconds; a compiler that hangs must not hang the server with it.
-TIMEOUT_S = 600
-# Lines of a failed compile that say what is wrong.
-MEANINGFUL = re.compile(r"error|fatal|not found|unsupported|no such file|undefined", re.IGNORECASE)
+# Who holds the lock compiles for TIMEOUT_S at most.
+PATIENCE_S = toolchain.TIMEOUT_S + 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,38 +69,92 @@ def architecture(capability: tuple[int, int]) -> str:
 def load(unit: Unit) -> Any:
     """Return the tvm-ffi module of `unit`, compiled now unless the cache has it.
 
-    Raises KernelUnavailable with the compiler's message, or in one sentence where there is no
-    compiler, no tvm-ffi, or no folder to write to.
+    A library that cannot be loaded is built again, once. Raises nothing but KernelUnavailable: with
+    the compiler's message, or in one sentence where there is no compiler, no tvm-ffi, or no folder
+    to write to.
     """
     try:
-        path = library(unit)
         import tvm_ffi  # takes seconds where torch is not loaded yet
 
-        return tvm_ffi.load_module(str(path))
+        path = library(unit)
+        seen = cache.identity(path)
+        try:
+            return _open(tvm_ffi, path)
+        except Exception as error:
+            problem = one_line(error)
+        try:
+            path = library(unit, broken=(path, seen))
+        except KernelUnavailable as error:
+            raise KernelUnavailable(
+                f"{path} cannot be loaded ({problem}) nor built again: {error}"
+            ) from error
+        return _open(tvm_ffi, path)
+    except KernelUnavailable:
+        raise
     except ImportError as error:
         raise KernelUnavailable(f"apache-tvm-ffi cannot be imported: {error}") from error
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, KernelUnavailable):
-            raise
-        raise KernelUnavailable(f"{unit.name} cannot be built or loaded: {error}") from error
+    except Exception as error:
+        raise KernelUnavailable(
+            f"{unit.name} cannot be built or loaded: {one_line(error)}"
+        ) from error
 
 
-def library(unit: Unit) -> Path:
-    """Return the shared library of `unit`, compiled now unless the cache has it."""
-    folder = cache_folder()
-    path = folder / f"{unit.name}_sm{unit.arch}_{_digest(unit)}.so"
-    if path.exists():
+def library(unit: Unit, broken: tuple[Path, cache.Identity] | None = None) -> Path:
+    """Return the shared library of `unit`, compiled now unless the cache has it.
+
+    broken: a library that could not be loaded, to be built again unless another rank did so.
+    Raises KernelUnavailable.
+    """
+    folder = cache.cache_folder()
+    try:
+        return _library(unit, folder, broken)
+    except OSError as error:
+        raise KernelUnavailable(
+            f"{folder} cannot hold compiled kernels ({error}); set {cache.VARIABLE} to a folder "
+            "that can be written"
+        ) from error
+
+
+def _library(unit: Unit, folder: Path, broken: tuple[Path, cache.Identity] | None) -> Path:
+    stem = f"{unit.name}_sm{unit.arch}_{_digest(unit)}"
+    driver = toolchain.driver_major()
+    # Without the lock, which a folder that can only be read does not give.
+    if broken is None and (path := cache.find(folder, stem, driver)):
         return path
-    nvcc = find_nvcc()
-    from tvm_ffi.utils import FileLock
+    found = toolchain.compilers(driver)
+    cache.make_folder(folder)
+    cache.refuse_foreign(folder)
+    record = folder / f"{stem}.failed"
+    with cache.locked(folder / f"{stem}.lock", PATIENCE_S):
+        if broken is not None:
+            cache.discard(*broken)
+        if path := cache.find(folder, stem, driver):  # another rank was first
+            return path
+        if message := cache.read_failure(record, found):
+            raise CompileFailed(message)
+        try:
+            path = _build(unit, folder, stem, found)
+        except CompileFailed as error:
+            cache.write_failure(record, str(error), found)
+            raise
+        record.unlink(missing_ok=True)
+        return path
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(path.with_suffix(".lock"))):
-        if not path.exists():  # else another rank compiled it while this one waited
-            source, partial = path.with_suffix(".cu"), path.with_suffix(".partial")
-            source.write_text(unit.text)
-            _run([str(nvcc), *_arguments(unit, nvcc), "-o", str(partial), str(source)], unit.name)
-            os.replace(partial, path)
+
+def _build(unit: Unit, folder: Path, stem: str, found: list[Compiler]) -> Path:
+    """Compile in a folder of its own, which no other process writes to, and install the library."""
+    with tempfile.TemporaryDirectory(
+        dir=folder, prefix=".build-", ignore_cleanup_errors=True
+    ) as own:
+        source, output = Path(own) / f"{unit.name}.cu", Path(own) / f"{unit.name}.so"
+        source.write_text(unit.text, encoding="utf-8")
+
+        def command(compiler: Compiler, arch: str) -> list[str]:
+            return [*_arguments(compiler, arch), "-o", str(output), str(source)]
+
+        compiler, _ = toolchain.compile_with_any(found, _targets(unit), command, unit.name)
+        path = cache.library_path(folder, stem, compiler.release[0])
+        cache.install(output, path)
     return path
 
 
@@ -108,11 +163,16 @@ def resources(unit: Unit, folder: Path) -> Resources:
 
     folder: where the source and the output go. Needs no GPU and nothing to link against.
     """
-    nvcc = find_nvcc()
     source = folder / f"{unit.name}_{unit.arch}.cu"
-    source.write_text(unit.text)
-    command = [str(nvcc), *FLAGS, *_target(unit), f"-I{ROOT}", "-Xptxas", "-v", "-cubin"]
-    report = _run([*command, "-o", str(source.with_suffix(".cubin")), str(source)], unit.name)
+    source.write_text(unit.text, encoding="utf-8")
+    output = str(source.with_suffix(".cubin"))
+
+    def command(_: Compiler, arch: str) -> list[str]:
+        flags = [*FLAGS, _code(arch), f"-I{ROOT}", "-Xptxas", "-v", "-cubin"]
+        return [*flags, "-o", output, str(source)]
+
+    found = toolchain.compilers()
+    _, report = toolchain.compile_with_any(found, [unit.arch], command, unit.name)
     return parse_resources(report)
 
 
@@ -130,76 +190,45 @@ def parse_resources(report: str) -> Resources:
     )
 
 
-def cache_folder() -> Path:
-    """Where compiled libraries lie."""
-    if chosen := os.environ.get("JIT_KERNELS_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "jit_kernels"
+def _open(tvm_ffi: Any, path: Path) -> Any:
+    cache.refuse_damaged(path)
+    return tvm_ffi.load_module(str(path))
 
 
-def find_nvcc() -> Path:
-    """The CUDA compiler: of CUDA_HOME, PATH, /usr/local/cuda or the package nvidia-cuda-nvcc."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
-    if on_path := shutil.which("nvcc"):
-        candidates.append(Path(on_path))
-    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
-    spec = importlib.util.find_spec("nvidia")
-    for place in spec.submodule_search_locations or () if spec else ():
-        candidates.extend(sorted(Path(place).glob("cu*/bin/nvcc"), reverse=True))
-    for nvcc in candidates:
-        if os.access(nvcc, os.X_OK):
-            return nvcc
-    raise KernelUnavailable(
-        "no nvcc in CUDA_HOME, PATH or /usr/local/cuda; install the CUDA toolkit, or "
-        "`pip install nvidia-cuda-nvcc`"
-    )
+def _targets(unit: Unit) -> list[str]:
+    return list(dict.fromkeys([unit.arch, toolchain.base_of(unit.arch)]))
 
 
-def _target(unit: Unit) -> list[str]:
-    return [f"-gencode=arch=compute_{unit.arch},code=sm_{unit.arch}"]
+def _code(arch: str) -> str:
+    return f"-gencode=arch=compute_{arch},code=sm_{arch}"
 
 
-def _arguments(unit: Unit, nvcc: Path) -> list[str]:
+def _arguments(compiler: Compiler, arch: str) -> list[str]:
     """Everything but the files of a compile to a shared library."""
     from tvm_ffi.libinfo import find_dlpack_include_path, find_include_path, find_libtvm_ffi
 
     includes = dict.fromkeys([str(ROOT), find_include_path(), find_dlpack_include_path()])
     # The package nvidia-cuda-nvcc keeps the runtime in lib, which nvcc does not search.
-    runtime = nvcc.resolve().parent.parent / "lib"
+    runtime = compiler.path.resolve().parent.parent / "lib"
     folders = [str(Path(find_libtvm_ffi()).parent), *([str(runtime)] if runtime.is_dir() else [])]
     return [
-        *(*FLAGS, *LIBRARY_FLAGS, *_target(unit)),
+        *(*FLAGS, *LIBRARY_FLAGS, _code(arch)),
         *(f"-I{folder}" for folder in includes),
         *(f"-L{folder}" for folder in folders),
         "-ltvm_ffi",
     ]
 
 
-def _run(command: list[str], name: str) -> str:
-    """Run the compiler; return what it said, or raise KernelUnavailable with what matters of it."""
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired as error:
-        raise KernelUnavailable(f"compiling {name} took over {TIMEOUT_S} s") from error
-    if done.returncode == 0:
-        return done.stdout
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    telling = [line for line in lines if MEANINGFUL.search(line)] or lines[-3:]
-    raise KernelUnavailable(
-        f"{name} does not compile ({command[0]} exited with {done.returncode}): "
-        + " | ".join(telling[:5])
-    )
-
-
 def _digest(unit: Unit) -> str:
-    """Of everything that the library is made from, except the compiler that happens to make it."""
+    """Of the source, our headers, flags, tvm-ffi and the processor; not of nvcc and its headers.
+
+    A machine without nvcc must come to the same digest. What of nvcc decides whether a library
+    runs, its CUDA major, stands in the file's name instead.
+    """
     digest = hashlib.sha256()
-    ffi = importlib.metadata.version("apache-tvm-ffi")
-    digest.update("\0".join([unit.text, unit.arch, *FLAGS, *LIBRARY_FLAGS, ffi]).encode())
+    made_from = [unit.text, unit.arch, *FLAGS, *LIBRARY_FLAGS, platform.machine()]
+    made_from.append(importlib.metadata.version("apache-tvm-ffi"))
+    digest.update("\0".join(made_from).encode())
     digest.update(_headers_digest())
     return digest.hexdigest()[:16]
 

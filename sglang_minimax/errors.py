@@ -10,7 +10,7 @@ class MinimaxError(Exception):
     """Base of every error that this package raises for a user to read.
 
     is_told_elsewhere: whether another rank prints it, so that this one need not. is_of_all_ranks:
-    whether every rank has the same one.
+    whether all ranks that look for it have the same one, so that no number of a rank need be told.
     """
 
     is_told_elsewhere = False
@@ -26,7 +26,10 @@ class TopologyError(MinimaxError):
 
 
 class PathError(MinimaxError):
-    """The kernel that the environment asks for does not run here; all ranks say the same."""
+    """The environment asks for a kernel that does not run, or not for the same one on all ranks.
+
+    Raised from what was gathered over the group, so all its ranks say the same.
+    """
 
     is_of_all_ranks = True
 

@@ -172,30 +172,34 @@ def _model_class(report: Report) -> str | None:
 def _kernels() -> list[dict[str, str]]:
     """Which implementation of each operator can serve the published shape on this machine.
 
-    Nothing is compiled: an implementation that is usable may still fall back when a server starts.
+    The prologue on one rank, and in a group of the most common size. Nothing is compiled: an
+    implementation that is usable may still fall back when a server starts.
     """
     import torch
 
     from jit_kernels.qk_norm_rope import op as prologue
     from jit_kernels.router import op as router
+    from sglang_minimax.layers.agreeing import kind_and_capability
+    from sglang_minimax.layers.path import EXCHANGING
 
-    device = choice.accelerator() or "cpu"
-    nvidia = device == "cuda" and torch.version.hip is None
-    capability = torch.cuda.get_device_capability() if nvidia else None
-    # The published shape at its most common size; an empty config has the architecture's values.
+    device, capability = kind_and_capability(torch.device(choice.accelerator() or "cpu"))
+    # An empty config has the architecture's values.
     arch = Architecture.from_config({})
-    shard = AttentionShard(8, 0, arch.head_dim, arch.num_heads, arch.num_kv_heads)
-    before_attention = prologue.Request(
-        device=device,
-        dtype=torch.bfloat16,
-        q_heads=shard.q_heads,
-        kv_heads=shard.kv_heads,
-        head_dim=shard.head_dim,
-        rotary_dim=arch.rotary_dim,
-        cache_dtype=torch.bfloat16,
-        group_size=shard.size,
-        capability=capability,
-    )
+
+    def before_attention(size: int) -> prologue.Request:
+        shard = AttentionShard(size, 0, arch.head_dim, arch.num_heads, arch.num_kv_heads)
+        return prologue.Request(
+            device=device,
+            dtype=torch.bfloat16,
+            q_heads=shard.q_heads,
+            kv_heads=shard.kv_heads,
+            head_dim=shard.head_dim,
+            rotary_dim=arch.rotary_dim,
+            cache_dtype=torch.bfloat16,
+            group_size=shard.size,
+            capability=capability,
+        )
+
     before_experts = router.Request(
         device=device,
         dtype=torch.bfloat16,
@@ -204,15 +208,18 @@ def _kernels() -> list[dict[str, str]]:
         top_k=arch.top_k,
         capability=capability,
     )
-    found = {
-        "qk_norm_rope": {x.name: x.refusal(before_attention) for x in prologue.IMPLEMENTATIONS},
-        "router": {x.name: x.refusal(before_experts) for x in router.IMPLEMENTATIONS},
-    }
-    return [
-        {"operator": operator, "implementation": name, "usable": refusal or "yes"}
-        for operator, refusals in found.items()
-        for name, refusal in refusals.items()
-    ]
+    rows = []
+    for size in (1, 8):
+        for each in prologue.IMPLEMENTATIONS:
+            # Links are known to a server alone.
+            yes = "yes, if linked by NVLink" if size > 1 and each.name == EXCHANGING else "yes"
+            answer = each.refusal(before_attention(size)) or yes
+            rows.append(("qk_norm_rope", f"attention-TP {size}", each.name, answer))
+    for route in router.IMPLEMENTATIONS:
+        answer = route.refusal(before_experts) or "yes"
+        rows.append(("router", "any", route.name, answer))
+    columns = ("operator", "ranks", "implementation", "usable")
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _check_doors(report: Report) -> None:

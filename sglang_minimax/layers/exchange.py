@@ -18,26 +18,44 @@ from sglang.srt.distributed.parallel_state import in_the_same_node_as
 from sglang.srt.runtime_context import get_parallel, get_server_args
 
 from jit_kernels.choice import KernelUnavailable
-from jit_kernels.qk_norm_rope.channel import Channel, open_channel
+from jit_kernels.qk_norm_rope.channel import open_channel
 from sglang_minimax.layers.agreeing import Gather, first_problem
+from sglang_minimax.layers.path import Opening
 
 
-def open_to_peers(device: torch.device, gather: Gather[Any]) -> tuple[Channel | None, str]:
-    """A channel over the attention-TP group, or None and why there is none. Collective.
+def open_to_peers(device: torch.device, gather: Gather[Any]) -> Opening:
+    """A channel over the attention-TP group, or why there is none. Collective.
 
     device: this rank's CUDA device.
     """
     if get_server_args().enable_pdmux:
-        return None, "--enable-pdmux runs prefill and decode on two streams at once"
+        return Opening(None, "--enable-pdmux runs prefill and decode on two streams at once")
     group = get_parallel().attn_tp_group
     reason = _outside_one_domain(device, group.cpu_group, gather)
     if reason:
-        return None, reason
+        return Opening(None, reason)
     try:
-        channel = open_channel(group.device_group, first_problem(gather), device)
+        channel = open_channel(
+            group.device_group, first_problem(gather), device, alone=_alone(get_server_args())
+        )
     except KernelUnavailable as error:
-        return None, str(error)
-    return channel, ""
+        return Opening(None, str(error), failed=True)
+    return Opening(channel, "")
+
+
+def _alone(arguments: Any) -> bool:
+    """Whether nothing beside the exchange waits for a peer: kernels on other streams need room.
+
+    Pipeline stages send and receive, EPLB moves experts, dispatch backends poll, and disaggregated
+    servers hand caches over while batches run. Collectives of the forward itself come after it on
+    the same stream.
+    """
+    return (
+        arguments.pp_size == 1
+        and not arguments.enable_eplb
+        and arguments.moe_a2a_backend == "none"
+        and arguments.disaggregation_mode == "null"
+    )
 
 
 def _outside_one_domain(device: torch.device, cpu_group: Any, gather: Gather[Any]) -> str:

@@ -16,13 +16,12 @@ import torch
 FP8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 #: Attention backends of SGLang that divide K and V by the layer's scales when they store them, and
-#: multiply when they read. The others ignore the scales, or nobody has looked.
-SCALING_BACKENDS = (
-    "FlashAttentionBackend",
-    "FlashInferAttnBackend",
-    "TRTLLMHAAttnBackend",
-    "TritonAttnBackend",
-)
+#: multiply when they read. The others ignore the scales, do so for one dtype only, or nobody has
+#: looked.
+SCALING_BACKENDS = ("FlashAttentionBackend", "FlashInferAttnBackend", "TritonAttnBackend")
+#: Its store of E4M3 is one launch, which on SM100 also converts q; it skips that where K and V are
+#: stored already, and converts q in another one.
+CONVERTS_Q = "TRTLLMHAAttnBackend"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,8 @@ class StoreFacts:
     hnd: heads outside of slots. quantised: a recipe with block scales. dtype: what the pool holds;
     compute: the dtype of k and v. k_shape, v_shape: of one layer's buffers. heads: (KV heads, head
     dimension) of the layer. context_ranks, decode_context_ranks: the two kinds of context
-    parallelism. checked: SGLang checks every slot (SGLANG_ENABLE_ASYNC_ASSERT). scales: the
+    parallelism. backends: of attention, as classes are called: two where prefill and decode have
+    their own. checked: SGLang checks every slot (SGLANG_ENABLE_ASYNC_ASSERT). scales: the
     layer's, as Python numbers; None where one is a tensor alone. rotated: by us.
     """
 
@@ -68,7 +68,7 @@ class StoreFacts:
     k_shape: tuple[int, ...]
     v_shape: tuple[int, ...]
     heads: tuple[int, int]
-    backend: str
+    backends: tuple[str, ...]
     scales: tuple[float, float] | None
     rotated: bool
     implementation: str
@@ -81,6 +81,11 @@ class StoreFacts:
     def fp8(self) -> bool:
         """Whether what is stored is divided by a scale and rounded to FP8."""
         return self.dtype in FP8_TYPES
+
+    @property
+    def ignoring(self) -> str:
+        """The first backend that may ignore the scales, empty where none does."""
+        return next((each for each in self.backends if each not in SCALING_BACKENDS), "")
 
 
 FactsT = TypeVar("FactsT")
@@ -141,8 +146,12 @@ STORE_RULES: tuple[Rule[StoreFacts], ...] = (
     Rule(lambda f: f.checked, "SGLANG_ENABLE_ASYNC_ASSERT checks slots in SGLang's store"),
     Rule(lambda f: f.fp8 and f.scales is None, "the FP8 scales are not known to the host"),
     Rule(
-        lambda f: f.fp8 and f.scales != (1.0, 1.0) and f.backend not in SCALING_BACKENDS,
-        "{facts.backend} may not apply the FP8 scales {facts.scales}",
+        lambda f: f.dtype == torch.float8_e4m3fn and CONVERTS_Q in f.backends,
+        f"{CONVERTS_Q} stores FP8 in the launch that converts q",
+    ),
+    Rule(
+        lambda f: f.fp8 and f.scales != (1.0, 1.0) and bool(f.ignoring),
+        "{facts.ignoring} may not apply the FP8 scales {facts.scales}",
     ),
 )
 
@@ -155,13 +164,19 @@ def first_reason(rules: Iterable[Rule[FactsT]], facts: FactsT) -> str:
     return ""
 
 
-def expected_cache_dtype(setting: str, compute: torch.dtype) -> torch.dtype | None:
+def expected_cache_dtype(
+    setting: str, compute: torch.dtype, algorithm: str | None = None
+) -> torch.dtype | None:
     """What `--kv-cache-dtype` will make of the pool, before there is one; None where unsure.
 
-    Only what is compiled ahead of the first forward depends on it.
+    algorithm: the checkpoint's `kv_cache_quant_algo`, which `auto` follows where it is FP8. Only
+    what is compiled ahead of the first forward depends on the answer.
     """
     if setting == "auto":
-        return compute
+        if not isinstance(algorithm, str) or algorithm.upper() != "FP8":
+            return compute
+        # AMD's FP8 may be another type.
+        return torch.float8_e4m3fn if torch.version.hip is None else None
     named = {
         "bf16": torch.bfloat16,
         "bfloat16": torch.bfloat16,

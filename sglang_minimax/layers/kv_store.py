@@ -37,6 +37,16 @@ from sglang_minimax.layers.fusion import STORE_RULES, StoreFacts, first_reason
 #: Slot 0 of a pool is kept for rows of padding; `store_cache`, SGLang's kernel, skips it too.
 FIRST_SLOT = 1
 
+#: Why SGLang stores for now, where nothing was ready before a graph was captured.
+WHILE_CAPTURING = "the KV pool was not known before a CUDA graph was captured"
+
+# SGLang's backends that hand a forward to others, and where they keep those. By name: their modules
+# import all of SGLang's model runner.
+_WRAPPERS = {
+    "HybridAttnBackend": ("prefill_backend", "decode_backend"),
+    "TboAttnBackend": ("primary",),
+}
+
 
 class KVStore:
     """One layer's K and V buffers in whatever pool the running forward uses."""
@@ -54,7 +64,7 @@ class KVStore:
         """implementation: who would write. compute: the dtype of k and v.
 
         prepare: makes ready what writes a cache of a dtype, and says why it cannot. say: told, for
-        each pool that is met, why SGLang's own store runs, "" where ours does.
+        each judgement, why SGLang's own store runs, "" where ours does.
         """
         self._attn = attn
         self._rotated = rotated
@@ -63,7 +73,8 @@ class KVStore:
         self._prepare = prepare
         self._say = say
         self._pool: Callable[[], Any] = lambda: None  # a weak reference: pools are replaced
-        self._backend: type | None = None
+        # Classes of the backend and the layer's scales, as they were judged.
+        self._seen: tuple[tuple[str, ...], tuple[float, float] | None] = ((), None)
         self._reason = ""
 
     def target(self, v: torch.Tensor, batch: ForwardBatch) -> CacheWrite | None:
@@ -78,19 +89,33 @@ class KVStore:
             return None
         backend = get_attn_backend()
         pool = backend.token_to_kv_pool
-        if self._pool() is not pool or self._backend is not type(backend):
-            self._pool, self._backend = weakref.ref(pool), type(backend)
-            facts = self._facts(pool, type(backend).__name__)
-            self._reason = first_reason(STORE_RULES, facts) or self._prepare(pool.dtype)
-            self._say(self._reason)
-        if self._reason:
+        backends, scales = _behind(backend), self._scales(pool)
+        if self._pool() is not pool or self._seen != (backends, scales):
+            self._judge(pool, backends, scales)
+        if self._reason or scales is None:
             return None
         k_cache, v_cache = _buffers(pool, self._attn.layer_id)
-        k_scale, v_scale = self._scales(pool) or (1.0, 1.0)
+        k_scale, v_scale = scales
         return CacheWrite(v, k_cache, v_cache, slots, k_scale, v_scale, FIRST_SLOT)
 
+    def _judge(
+        self, pool: Any, backends: tuple[str, ...], scales: tuple[float, float] | None
+    ) -> None:
+        facts = self._facts(pool, backends, scales)
+        self._reason = first_reason(STORE_RULES, facts) or self._prepare(pool.dtype)
+        self._say(self._reason)
+        # What a capture could not make ready, the next call asks for again.
+        passing = self._reason == WHILE_CAPTURING
+        self._pool = (lambda: None) if passing else weakref.ref(pool)
+        self._seen = backends, scales
+
     def _scales(self, pool: Any) -> tuple[float, float] | None:
-        """Of this layer, None where a scale has no number on the host. 1 where nothing scales."""
+        """Of this layer, 1 where nothing scales. None where a scale has no number on the host.
+
+        Read in each call: a weight update may change them.
+        """
+        if type(pool) is not MHATokenToKVPool:  # SGLang stores
+            return None
         attn = self._attn
         if pool.dtype == pool.store_dtype:
             return 1.0, 1.0
@@ -100,7 +125,9 @@ class KVStore:
             return None
         return float(numbers[0]), float(numbers[1])
 
-    def _facts(self, pool: Any, backend: str) -> StoreFacts:
+    def _facts(
+        self, pool: Any, backends: tuple[str, ...], scales: tuple[float, float] | None
+    ) -> StoreFacts:
         plain = type(pool) is MHATokenToKVPool
         # Another class may not even have the attributes.
         shapes = [tuple(x.shape) for x in _buffers(pool, self._attn.layer_id)] if plain else []
@@ -116,8 +143,8 @@ class KVStore:
             k_shape=shapes[0] if plain else (),
             v_shape=shapes[1] if plain else (),
             heads=(self._attn.tp_k_head_num, self._attn.head_dim),
-            backend=backend,
-            scales=self._scales(pool) if plain else None,
+            backends=backends,
+            scales=scales,
             rotated=self._rotated,
             implementation=self._implementation,
             device=torch.device(pool.device).type,
@@ -125,6 +152,15 @@ class KVStore:
             decode_context_ranks=parallel.attn_dcp_size,
             checked=envs.SGLANG_ENABLE_ASYNC_ASSERT.get(),
         )
+
+
+def _behind(backend: Any) -> tuple[str, ...]:
+    """What the backends are called that may run a forward, behind SGLang's wrappers."""
+    name = type(backend).__name__
+    held = _WRAPPERS.get(name)
+    if held is None:
+        return (name,)
+    return tuple(inner for each in held for inner in _behind(getattr(backend, each)))
 
 
 def _buffers(pool: Any, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:

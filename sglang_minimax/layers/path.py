@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jit_kernels.qk_norm_rope import op
 from jit_kernels.qk_norm_rope.op import Choice, KernelUnavailable, Request
@@ -16,8 +16,11 @@ from sglang_minimax.layers.agreeing import (
     NO_ACCELERATOR,
     Gather,
     asked_for,
+    common_name,
+    first_of,
     first_problem,
     not_served,
+    refusal_of,
 )
 
 if TYPE_CHECKING:
@@ -29,43 +32,95 @@ VARIABLE = "SGLANG_MINIMAX_QK_NORM"
 EXCHANGING = "cuda"
 
 Chooser = Callable[[Request, str | None], Choice]
-# Opens a channel over the group, collectively, or says why there is none.
-Opener = Callable[[], "tuple[Channel | None, str]"]
+
+
+class Opening(NamedTuple):
+    """A channel over the group, or why there is none, and whether that is because opening failed.
+
+    The same on all ranks.
+    """
+
+    channel: Channel | None
+    reason: str
+    failed: bool = False
+
+
+# Opens a channel. Collective.
+Opener = Callable[[], Opening]
+
+
+class Prepared(NamedTuple):
+    """What a group runs.
+
+    request: as it was decided, with `no_exchange` filled in. channel: None where the choice needs
+    none. failed: whether a faster implementation that the rules allow does not run.
+    """
+
+    choice: Choice
+    request: Request
+    channel: Channel | None
+    failed: bool
 
 
 def forced() -> str | None:
-    """The implementation that the environment asks for, None where it leaves the choice to us."""
-    return asked_for(VARIABLE, op.names())
+    """The implementation that this rank's environment asks for, None where it names none."""
+    return asked_for(VARIABLE)
 
 
 def prepare(
     request: Request,
     name: str | None,
-    gather: Gather[tuple[str, str]],
+    gather: Gather[Any],
     opener: Opener,
     chooser: Chooser = op.choose,
-) -> tuple[Choice, Request, Channel | None]:
+) -> Prepared:
     """Choose for a request without a K/V write, and open a channel if it takes one. Collective.
 
-    name: as in `choose_together`. Returns the choice, the request as it was decided (with
-    `no_exchange` filled in), and the channel, None where the choice needs none.
+    name: as `forced` returns it on this rank. Raises PathError, on every rank, where the ranks'
+    names differ, or where what they ask for does not run.
     """
-    channel = None
-    if _may_exchange(request, name):
-        channel, reason = opener()
-        request = replace(request, no_exchange=reason)
+    # First of all: what follows is collective too, and which steps there are depends on this.
+    found = gather((name, _refusal(request)))
+    name = common_name(VARIABLE, op.names(), [asked for asked, _ in found])
+    refusals = [refusal for _, refusal in found]
+    opening = Opening(None, first_of(refusals), failed=len(set(refusals)) > 1)
+    if _exchanges(request) and name in (None, EXCHANGING):
+        if not opening.reason:
+            opening = opener()
+        if name is not None and opening.reason:
+            raise not_served(VARIABLE, name, opening.reason)
+        request = replace(request, no_exchange=opening.reason)
     choice = choose_together(request, name, gather, chooser)
+    channel = opening.channel
     if channel is not None and choice.name != EXCHANGING:
         channel.close()
         channel = None
-    return choice, request, channel
+    chosen_by_us = name is None and request.device != "cpu"
+    failed = chosen_by_us and (opening.failed or passed_over(request, choice.name))
+    return Prepared(choice, request, channel, failed)
 
 
-def _may_exchange(request: Request, name: str | None) -> bool:
-    if request.group_size == 1 or request.device != "cuda" or name not in (None, EXCHANGING):
-        return False
-    found = [each for each in op.IMPLEMENTATIONS if each.name == EXCHANGING]
-    return bool(found) and found[0].refusal(request) is None
+def _exchanges(request: Request) -> bool:
+    """Whether the request is one for which ranks would exchange sums: the same on all ranks."""
+    return request.group_size > 1 and request.device == "cuda"
+
+
+def _refusal(request: Request) -> str:
+    """Why this rank cannot run the kernel that exchanges sums; empty where it can, or need not."""
+    if not _exchanges(request):
+        return ""
+    return next((refusal_of(x, request) for x in op.IMPLEMENTATIONS if x.name == EXCHANGING), "")
+
+
+def passed_over(request: Request, name: str) -> bool:
+    """Whether the rules allow a faster implementation than `name`: then one has failed."""
+    order = op.names()
+    return any(allowed(request, each) for each in order[: order.index(name)])
+
+
+def allowed(request: Request, name: str) -> bool:
+    """Whether the rules of the implementation called `name` allow the request on this rank."""
+    return any(not refusal_of(x, request) for x in op.IMPLEMENTATIONS if x.name == name)
 
 
 def choose_together(
@@ -129,6 +184,11 @@ def summary(choice: Choice, request: Request, no_rotation: str) -> str:
         f"Attention prologue: {choice.name} on {request.device}, attention-TP "
         f"{request.group_size} ({choice.why}): {fused}{elsewhere}"
     )
+
+
+def store_failure(name: str, reason: str) -> str:
+    """Where the rules allow a K/V write and a rank cannot prepare it."""
+    return f"Attention prologue: {name} cannot store K and V: {reason}"
 
 
 def store_summary(choice: Choice, reason: str) -> str:

@@ -16,9 +16,8 @@ import torch
 from sglang.srt.layers.dp_attention import attn_tp_all_reduce
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.runtime_context import get_parallel, get_server_args
+from sglang.srt.runtime_context import get_model, get_parallel
 
-from jit_kernels.qk_norm_rope.channel import Channel
 from jit_kernels.qk_norm_rope.op import (
     REFERENCE,
     CacheWrite,
@@ -30,10 +29,15 @@ from jit_kernels.qk_norm_rope.op import (
 )
 from jit_kernels.qk_norm_rope.reference import run as run_reference
 from sglang_minimax.layers import path
-from sglang_minimax.layers.agreeing import group_gather
+from sglang_minimax.layers.agreeing import (
+    device_of,
+    group_gather,
+    kind_and_capability,
+    tell,
+)
 from sglang_minimax.layers.exchange import open_to_peers
 from sglang_minimax.layers.fusion import expected_cache_dtype
-from sglang_minimax.layers.kv_store import KVStore
+from sglang_minimax.layers.kv_store import WHILE_CAPTURING, KVStore
 from sglang_minimax.layers.qk_norm import ShardedNormWeight
 from sglang_minimax.layers.rotation import rotation, why_not
 from sglang_minimax.topology import AttentionShard
@@ -44,7 +48,10 @@ logger = logging.getLogger(__name__)
 _TRACED = Choice(REFERENCE.name, "torch.compile fuses it", run_reference)
 
 # By device and size of the group: one, in a server.
-_channels: dict[tuple[torch.device, int], tuple[Channel | None, str]] = {}
+_channels: dict[tuple[torch.device, int], path.Opening] = {}
+
+# What writes the KV cache for a request and an implementation's name, or why nothing does.
+_stores: dict[tuple[Request, str], Choice | str] = {}
 
 
 class Attendable(NamedTuple):
@@ -81,15 +88,19 @@ class Prologue:
         self._head_dim = shard.head_dim
         self._eps = eps
         weight = q_norm.weight
-        device = _device(weight)
+        device = device_of(weight)
         asked = _request(shard, device, weight.dtype)
         with_rotation = replace(asked, rotary_dim=rotary.rotary_dim)
-        self._plain, self._request, channel = _prepared(with_rotation, device)
+        prepared = _prepared(with_rotation, device)
         self._no_rotation = why_not(
-            rotary, head_dim=shard.head_dim, implementation=self._plain.name, device=asked.device
+            rotary,
+            head_dim=shard.head_dim,
+            implementation=prepared.choice.name,
+            device=asked.device,
         )
         if self._no_rotation:
-            self._plain, self._request, channel = _prepared(asked, device)
+            prepared = _prepared(asked, device)
+        self._plain, self._request, channel, failed = prepared
         reduce = attn_tp_all_reduce if shard.size > 1 else None
         self._group = Group(shard.size, reduce, channel)
         self._storing = self._plain
@@ -101,10 +112,11 @@ class Prologue:
             prepare=self._prepare_store,
             say=lambda reason: _say(path.store_summary(self._storing, reason)),
         )
-        expected = expected_cache_dtype(get_server_args().kv_cache_dtype, weight.dtype)
+        setting = get_model().kv_cache_dtype
+        expected = expected_cache_dtype(setting, weight.dtype, _cache_algorithm(attn))
         if expected is not None and not self._no_rotation:
             self._prepare_store(expected)
-        _say(path.summary(self._plain, self._request, self._no_rotation))
+        _say(path.summary(self._plain, self._request, self._no_rotation), failed)
 
     def __call__(
         self, positions: torch.Tensor, qkv: torch.Tensor, batch: ForwardBatch
@@ -132,7 +144,7 @@ class Prologue:
         return Attendable(q, k, v, stored=write is not None)
 
     def _prepare_store(self, cache_dtype: torch.dtype) -> str:
-        """Make ready what writes a cache of this dtype; why it cannot. Collective, then cached."""
+        """Make ready what writes a cache of this dtype; why it cannot. Collective, then kept."""
         request = replace(self._request, cache_dtype=cache_dtype)
         found = _storing(request, self._plain.name)
         if isinstance(found, str):
@@ -141,32 +153,28 @@ class Prologue:
         return ""
 
 
-def _device(weight: torch.Tensor) -> torch.device:
-    """Where the layer will compute. A loader may build the model without memory, and fill it."""
-    if weight.device.type != "meta":
-        return weight.device
-    kind = get_server_args().device
-    if kind == "cpu":
-        return torch.device(kind)
-    return torch.device(kind, torch.get_device_module(kind).current_device())
-
-
 def _request(shard: AttentionShard, device: torch.device, dtype: torch.dtype) -> Request:
-    """What is asked of the norm alone. ROCm calls its devices cuda too, but has no capability."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
+    """What is asked of the norm alone."""
+    kind, capability = kind_and_capability(device)
     return Request(
-        device=device.type,
+        device=kind,
         dtype=dtype,
         q_heads=shard.q_heads,
         kv_heads=shard.kv_heads,
         head_dim=shard.head_dim,
         group_size=shard.size,
-        capability=torch.cuda.get_device_capability(device) if nvidia else None,
+        capability=capability,
     )
 
 
+def _cache_algorithm(attn: RadixAttention) -> str | None:
+    """How the checkpoint quantises its KV cache, as the layer's quant config names it."""
+    config = getattr(attn.quant_method, "quant_config", None)
+    return getattr(config, "kv_cache_quant_algo", None)
+
+
 @cache
-def _prepared(request: Request, device: torch.device) -> tuple[Choice, Request, Channel | None]:
+def _prepared(request: Request, device: torch.device) -> path.Prepared:
     """Choose once for all layers of a shape. Collective over the attention-TP group."""
     gather = group_gather(request.device, request.group_size)
     return path.prepare(
@@ -174,25 +182,31 @@ def _prepared(request: Request, device: torch.device) -> tuple[Choice, Request, 
     )
 
 
-def _channel(device: torch.device, size: int) -> tuple[Channel | None, str]:
+def _channel(device: torch.device, size: int) -> path.Opening:
     """The process's channel, opened on first use. Collective where it is not open yet."""
     found = _channels.get((device, size))
-    if found is None or (found[0] is not None and found[0].closed):
+    if found is None or (found.channel is not None and found.channel.closed):
         found = _channels[device, size] = open_to_peers(device, group_gather(device.type, size))
     return found
 
 
-@cache
 def _storing(request: Request, name: str) -> Choice | str:
-    """The same implementation with a K/V write, or why there is none. Collective."""
-    if request.device == "cuda" and torch.cuda.is_current_stream_capturing():
-        return "the KV pool was not known before a CUDA graph was captured"
-    return path.only(request, name, group_gather(request.device, request.group_size))
+    """The same implementation with a K/V write, or why there is none. Collective on first use.
+
+    While a graph is captured nothing new is compiled, and that answer is not kept.
+    """
+    found = _stores.get((request, name))
+    if found is None:
+        if request.device == "cuda" and torch.cuda.is_current_stream_capturing():
+            return WHILE_CAPTURING
+        found = path.only(request, name, group_gather(request.device, request.group_size))
+        _stores[request, name] = found
+        if isinstance(found, str) and path.allowed(request, name):
+            _say(path.store_failure(name, found), failed=True)
+    return found
 
 
 @cache
-def _say(line: str) -> None:
-    """Once a process, on the first rank."""
-    parallel = get_parallel()
-    if parallel.tp_rank == 0 and parallel.pp_rank == 0:
-        logger.info("%s", line)
+def _say(line: str, failed: bool = False) -> None:
+    """Once a process."""
+    tell(logger, line, failed=failed, group_rank=get_parallel().attn_tp_rank)

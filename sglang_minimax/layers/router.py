@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
@@ -26,9 +26,15 @@ from sglang_minimax.layers.agreeing import (
     NO_ACCELERATOR,
     Gather,
     asked_for,
+    common_name,
+    device_of,
+    first_of,
     first_problem,
     group_gather,
+    kind_and_capability,
     not_served,
+    refusal_of,
+    tell,
 )
 
 logger = logging.getLogger(__name__)
@@ -40,37 +46,59 @@ SGLANG = "sglang"
 Chooser = Callable[[Request, str | None], Choice]
 
 
+class Decision(NamedTuple):
+    """Our operator's implementation, None for SGLang's path, and why.
+
+    failed: whether ours does not run though the rules allow it.
+    """
+
+    choice: Choice | None
+    why: str
+    failed: bool = False
+
+
 def forced() -> str | None:
-    """The path that the environment asks for, None where it leaves the choice to us."""
-    return asked_for(
-        VARIABLE, [*(implementation.name for implementation in op.IMPLEMENTATIONS), SGLANG]
-    )
+    """The path that this rank's environment asks for, None where it names none."""
+    return asked_for(VARIABLE)
 
 
 def decide(
     request: Request,
     name: str | None,
     not_ours: str,
-    gather: Gather[str],
+    gather: Gather[Any],
     chooser: Chooser = op.choose,
-) -> tuple[Choice | None, str]:
-    """Our operator's implementation, None for SGLang's path, and why. Collective.
+) -> Decision:
+    """Which path all ranks take. Collective.
 
-    name: as `forced` returns it. not_ours: why our operator has no place in this server, if it has
-    none. gather: over the model-TP group. Raises PathError, on every rank, where what was asked for
-    does not run.
+    name: as `forced` returns it on this rank. not_ours: why our operator has no place in this
+    server, if it has none. gather: over the model-TP group. Raises PathError, on every rank, where
+    the ranks' names differ, or where what they ask for does not run.
     """
+    # First of all: which steps follow depends on this, and they are collective too.
+    found = gather((name, not_ours))
+    known = [*(implementation.name for implementation in op.IMPLEMENTATIONS), SGLANG]
+    name = common_name(VARIABLE, known, [asked for asked, _ in found])
     if name == SGLANG:
-        return None, "asked for"
-    choice, problem = None, not_ours
+        return Decision(None, "asked for")
+    choice, problem = None, first_of([why for _, why in found])
+    by_rule = bool(problem)
     if not problem:
-        choice, problem = _ours(request, name, chooser)
+        choice, own = _ours(request, name, chooser)
         # Ranks route the same tokens and add up their experts' outputs: they must not differ in a
         # bit, so all run the same kernel.
-        problem = first_problem(gather)(problem)
+        problem = first_problem(gather)(own)
     if name is not None and problem:
         raise not_served(VARIABLE, name, problem)
-    return (None, problem) if problem or choice is None else (choice, choice.why)
+    if problem or choice is None:
+        return Decision(None, problem, failed=not by_rule and _allowed(request))
+    return Decision(choice, choice.why)
+
+
+def _allowed(request: Request) -> bool:
+    """Whether the rules allow one of our kernels on this rank."""
+    kernels = (each for each in op.IMPLEMENTATIONS if each.name != reference.NAME)
+    return any(not refusal_of(each, request) for each in kernels)
 
 
 def _ours(request: Request, name: str | None, chooser: Chooser) -> tuple[Choice | None, str]:
@@ -172,12 +200,8 @@ def _(
 
 
 def request_for(weight: torch.Tensor, top_k: int, dtype: torch.dtype | None = None) -> Request:
-    """What this server asks of the operator. dtype: of hidden states, by default the model's.
-
-    ROCm calls its devices cuda too, but has no compute capability.
-    """
-    device = weight.device.type
-    nvidia = device == "cuda" and torch.version.hip is None
+    """What this server asks of the operator. dtype: of hidden states, by default the model's."""
+    device, capability = kind_and_capability(device_of(weight))
     return Request(
         device=device,
         dtype=dtype or torch.get_default_dtype(),
@@ -185,7 +209,7 @@ def request_for(weight: torch.Tensor, top_k: int, dtype: torch.dtype | None = No
         hidden=weight.shape[1],
         top_k=top_k,
         batch_invariant=bool(get_exec().deterministic.enable_deterministic_inference),
-        capability=torch.cuda.get_device_capability(weight.device) if nvidia else None,
+        capability=capability,
     )
 
 
@@ -203,13 +227,13 @@ def _not_ours(topk: TopK) -> str:
 
 @cache
 def _decided(request: Request, not_ours: str) -> Choice | None:
-    """Decide once for all layers of a shape, with one line from the first rank. Collective."""
+    """Decide once for all layers of a shape, and say what. Collective."""
     parallel = get_parallel()
     gather = group_gather(request.device, parallel.tp_group.world_size, "tp_group")
-    choice, why = decide(request, forced(), not_ours, gather)
-    if parallel.tp_rank == 0 and parallel.pp_rank == 0:
-        name = SGLANG if choice is None else choice.name
-        logger.info("Router: %s on %s (%s)", name, request.device, why)
+    choice, why, failed = decide(request, forced(), not_ours, gather)
+    name = SGLANG if choice is None else choice.name
+    line = f"Router: {name} on {request.device} ({why})"
+    tell(logger, line, failed=failed, group_rank=parallel.tp_rank)
     return choice
 
 

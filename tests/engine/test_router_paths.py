@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt import runtime_context
 from sglang.srt.layers.moe.topk import TopKConfig, TopKOutputFormat
+from sglang.srt.runtime_context import get_parallel
 
 from jit_kernels.router import op, reference
 from jit_kernels.router.contract import Call, Request
 from sglang_minimax.errors import PathError
-from sglang_minimax.layers import router
+from sglang_minimax.layers import agreeing, router
 from sglang_minimax.layers.moe import MiniMaxM2Gate
+from tests.ranks import together
 
 # Triton must be interpreted from its first import on: so engines run in a process of their own.
 SCRIPT = """
@@ -65,19 +70,7 @@ def test_every_path_serves_the_model(path: str, line: str) -> None:
     assert line in done.stdout
 
 
-def test_an_unknown_path_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(router.VARIABLE, "cuda")
-    with pytest.raises(PathError) as error:
-        router.forced()
-    assert str(error.value) == (
-        "SGLANG_MINIMAX_ROUTER=cuda is not known; "
-        "use one of triton, reference, sglang, or unset it."
-    )
-    monkeypatch.setenv(router.VARIABLE, "")
-    assert router.forced() is None
-
-
-GPU = Request("cuda", torch.bfloat16, 256, 3072, 8)
+GPU = Request("cuda", torch.bfloat16, 256, 3072, 8, capability=(9, 0))
 CPU = replace(GPU, device="cpu")
 
 
@@ -94,15 +87,21 @@ def chooser(failing: str = "") -> router.Chooser:
     return choose
 
 
-def alone(problem: str) -> list[str]:
-    return [problem]
-
-
-def decided(request: Request, name: str | None, not_ours: str = "", **keywords: Any) -> tuple:
-    choice, why = router.decide(
-        request, name, not_ours, keywords.get("gather", alone), chooser(keywords.get("failing", ""))
-    )
+def decided(request: Request, name: str | None, not_ours: str = "", failing: str = "") -> tuple:
+    """What one rank alone decides: a name, None for SGLang's path, and why."""
+    choice, why, _ = router.decide(request, name, not_ours, lambda mine: [mine], chooser(failing))
     return (None if choice is None else choice.name), why
+
+
+def decided_together(
+    names: tuple[str | None, ...], failing: tuple[str, ...] = ("", ""), not_ours: Any = ("", "")
+) -> list[Any]:
+    """What each of two ranks decides, or raises."""
+
+    def act(rank: int, gather: Any) -> router.Decision:
+        return router.decide(GPU, names[rank], not_ours[rank], gather, chooser(failing[rank]))
+
+    return together(act, 2)
 
 
 def test_how_a_path_is_decided() -> None:
@@ -124,16 +123,48 @@ def test_what_was_asked_for_and_does_not_run_is_refused() -> None:
 
 def test_all_ranks_take_the_path_that_all_can() -> None:
     """Two kernels differ in the last bits, and so may two ranks in the experts they choose."""
-    gathered = []
+    found = decided_together((None, None), failing=("", "no ptxas"))
+    assert [(each.choice, each.why) for each in found] == [(None, "rank 1: triton: no ptxas")] * 2
+    assert found[0].failed, "the rules allow it there"
+    refused = decided_together(("triton", "triton"), failing=("", "no ptxas"))
+    assert [type(each) for each in refused] == [PathError] * 2
+    assert len({str(each) for each in refused}) == 1
+    assert "rank 1: the router 'triton' cannot be used: no ptxas" in str(refused[0])
+    found = decided_together((None, None), not_ours=("", "the runner routes"))
+    assert [tuple(each) for each in found] == [(None, "rank 1: the runner routes", False)] * 2
 
-    def gather(problem: str) -> list[str]:
-        gathered.append(problem)
-        return [problem, "no ptxas"]
 
-    assert decided(GPU, None, gather=gather) == (None, "rank 1: no ptxas")
-    with pytest.raises(PathError, match="rank 1: no ptxas"):
-        decided(GPU, "triton", gather=gather)
-    assert gathered == ["", ""]
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (
+            ("cuda", "cuda"),
+            "=cuda is not known; use one of triton, reference, sglang, or unset it.",
+        ),
+        (
+            (None, "cuda"),
+            "=cuda on rank 1 is not known; use one of triton, reference, sglang, or unset it.",
+        ),
+        (
+            ("sglang", None),
+            " is sglang on rank 0 and unset on rank 1; set it to one name on all machines, or "
+            "unset it on all.",
+        ),
+        (
+            (None, "triton"),
+            " is unset on rank 0 and triton on rank 1; set it to one name on all machines, or "
+            "unset it on all.",
+        ),
+    ],
+)
+def test_names_that_are_wrong_end_the_start_on_all_ranks(
+    names: tuple[str | None, ...], sentence: str
+) -> None:
+    """Whatever else keeps a rank from our operator: no rank waits for one that has gone."""
+    for not_ours in (("", ""), ("the runner routes", "")):
+        found = decided_together(names, not_ours=not_ours)
+        assert [type(each) for each in found] == [PathError] * 2
+        assert {str(each) for each in found} == {f"SGLANG_MINIMAX_ROUTER{sentence}"}
 
 
 class Chosen:
@@ -151,7 +182,7 @@ class Chosen:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The part of SGLang's settings that the router reads."""
     monkeypatch.delenv(router.VARIABLE, raising=False)
     settings = SimpleNamespace(
@@ -160,11 +191,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )
     group = SimpleNamespace(world_size=1)
     monkeypatch.setattr(router, "get_exec", lambda: settings)
-    monkeypatch.setattr(
-        router, "get_parallel", lambda: SimpleNamespace(tp_group=group, tp_rank=0, pp_rank=0)
-    )
+    with get_parallel().override(tp_group=group, tp_rank=0, pp_rank=0):
+        router._decided.cache_clear()
+        yield settings
     router._decided.cache_clear()
-    return settings
 
 
 def make(output_format: TopKOutputFormat = TopKOutputFormat.STANDARD) -> router.Router:
@@ -198,6 +228,48 @@ def test_where_sglang_chooses_it_gets_logits(
     assert f"Router: sglang on cpu ({reason})" in caplog.messages
     server.moe.ep_dispatch_algorithm = "fake"
     assert make()(hidden)[0] == "SGLang chooses"
+
+
+def test_a_failed_compile_is_a_warning_of_each_stage(
+    server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    def told(failing: str, not_ours: str = "", **ranks: int) -> list[tuple[int, str]]:
+        caplog.clear()
+        router._decided.cache_clear()
+        decide = router.decide
+        with monkeypatch.context() as patch, get_parallel().override(**ranks):
+            patch.setattr(router, "decide", lambda *given: decide(*given, chooser(failing)))
+            router._decided(GPU, not_ours)
+        return [(record.levelno, record.getMessage()) for record in caplog.records]
+
+    assert told("") == [(logging.INFO, "Router: triton on cuda (the fastest)")]
+    assert told("", pp_rank=1) == []
+    warning = (logging.WARNING, "Router: sglang on cuda (triton: no ptxas)")
+    assert told("no ptxas") == [warning]
+    assert told("no ptxas", pp_rank=1) == [warning]
+    assert told("no ptxas", tp_rank=1) == []
+    assert told("no ptxas", "the runner routes", pp_rank=1) == [], "a rule is no failure"
+
+
+def test_a_model_without_memory_is_decided_for_the_device_that_it_will_have(
+    server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.empty(8, 64, device="meta")
+    settings = SimpleNamespace(device="cpu")
+    monkeypatch.setattr(runtime_context, "get_server_args", lambda: settings)
+    assert router.request_for(weight, 2).device == "cpu"
+    assert agreeing.device_of(weight) == torch.device("cpu")
+    settings.device = "cuda"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device.index))
+    request = router.request_for(weight, 2)
+    assert (request.device, request.capability) == ("cuda", (9, 3))
+    # ROCm calls its devices cuda too.
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    request = router.request_for(weight, 2)
+    assert (request.device, request.capability) == ("cuda", None)
 
 
 def test_torch_compile_sees_one_node_for_any_number_of_tokens(server: SimpleNamespace) -> None:

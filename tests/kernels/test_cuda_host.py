@@ -132,7 +132,7 @@ def test_what_was_seen_to_fit_vouches_for_its_own_layout_only() -> None:
         call_of(5, rotary_dim=0),
         call_of(5, cache_dtype=None),
     ):
-        with pytest.raises(ValueError, match="^qk_norm_rope_: "):
+        with pytest.raises(ValueError, match=r"^qk_norm_rope_: "):
             fit.check(wrong)
 
 

@@ -10,26 +10,33 @@ import torch
 
 from jit_kernels.choice import KernelUnavailable
 from sglang_minimax.layers import exchange
+from tests.ranks import own_rank, together
 
-DEVICE = torch.device("cuda:1")
+DEVICES = (torch.device("cuda:0"), torch.device("cuda:1"))
 CHANNEL = SimpleNamespace(closed=False)
+ALONE = {
+    "pp_size": 1,
+    "enable_eplb": False,
+    "moe_a2a_backend": "none",
+    "disaggregation_mode": "null",
+}
 
 
 class Machine:
-    """What SGLang, NVML and the other rank of a group of two would say."""
+    """What SGLang and NVML say to two ranks. Where they are told different things, a pair."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pdmux = False
+        self.arguments = {**ALONE}
         self.one_node = True
         self.one_clique = False
-        self.links: bool | Exception = True
-        self.device: int | Exception = 5
-        self.others: list[Any] = [4, ""]
-        self.opened: Any = CHANNEL
+        self.links: tuple[Any, Any] = (True, True)
+        self.devices: tuple[Any, Any] = (4, 5)
+        self.opened: tuple[Any, Any] = (CHANNEL, CHANNEL)
         self.asked: list[list[int]] = []
         group = SimpleNamespace(cpu_group="host", device_group="devices")
         replacements = {
-            "get_server_args": lambda: SimpleNamespace(enable_pdmux=self.pdmux),
+            "get_server_args": lambda: SimpleNamespace(enable_pdmux=self.pdmux, **self.arguments),
             "get_parallel": lambda: SimpleNamespace(attn_tp_group=group),
             "in_the_same_node_as": lambda group, source_rank: [True, self.one_node],
             "is_one_nvlink_clique": lambda group, device: self.one_clique,
@@ -42,24 +49,33 @@ class Machine:
 
     def _full_nvlink(self, ids: list[int], size: int) -> bool:
         self.asked.append(ids)
-        if isinstance(self.links, Exception):
-            raise self.links
-        return self.links
+        return self._said(self.links)
 
     def _index(self, device: torch.device) -> int:
-        if isinstance(self.device, Exception):
-            raise self.device
-        return self.device
+        assert device == DEVICES[own_rank()]
+        return self._said(self.devices)
 
-    def _open(self, group: Any, agree: Any, device: torch.device) -> Any:
-        assert (group, device) == ("devices", DEVICE)
-        if isinstance(self.opened, Exception):
-            raise self.opened
-        return self.opened
+    def _open(self, group: Any, agree: Any, device: torch.device, *, alone: bool) -> Any:
+        """Collective: a rank that comes alone waits in vain."""
+        self.alone = alone
+        assert (group, device) == ("devices", DEVICES[own_rank()])
+        mine = self.opened[own_rank()]
+        common = agree(str(mine) if isinstance(mine, Exception) else "")
+        if common:
+            raise KernelUnavailable(common)
+        return mine
 
-    def open(self) -> tuple[Any, str]:
-        others = iter(self.others)
-        return exchange.open_to_peers(DEVICE, lambda mine: [next(others), mine])
+    def _said(self, answers: tuple[Any, Any]) -> Any:
+        answer = answers[own_rank()]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def open(self) -> tuple[Any, str, bool]:
+        """What both ranks get: they must agree on all of it."""
+        found = together(lambda rank, gather: exchange.open_to_peers(DEVICES[rank], gather), 2)
+        assert found[0] == found[1]
+        return found[0]
 
 
 @pytest.fixture
@@ -68,42 +84,55 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def test_linked_devices_get_a_channel(machine: Machine) -> None:
-    assert machine.open() == (CHANNEL, "")
-    assert machine.asked == [[4, 5]], "NVML counts devices, CUDA_VISIBLE_DEVICES or not"
+    assert machine.open() == (CHANNEL, "", False)
+    assert machine.asked == [[4, 5]] * 2, "NVML counts devices, CUDA_VISIBLE_DEVICES or not"
 
 
 def test_a_domain_of_several_machines(machine: Machine) -> None:
     machine.one_node = False
-    assert machine.open() == (None, "the attention-TP group spans NVLink domains")
+    assert machine.open() == (None, "the attention-TP group spans NVLink domains", False)
     machine.one_clique = True
-    assert machine.open() == (CHANNEL, "")
+    assert machine.open() == (CHANNEL, "", False)
 
 
-def test_devices_without_nvlink(machine: Machine) -> None:
-    machine.links = False
-    sentence = "the devices of the attention-TP group are not linked by NVLink"
-    machine.others = [4, sentence]
-    assert machine.open() == (None, sentence)
-
-
-def test_one_rank_that_sees_no_link_is_enough(machine: Machine) -> None:
-    machine.others = [4, "the devices are not linked"]
-    assert machine.open() == (None, "rank 0: the devices are not linked")
+UNLINKED = "the devices of the attention-TP group are not linked by NVLink"
+OLD = RuntimeError("NVML is old")
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "reason"),
     [
-        ({"links": RuntimeError("no library")}, "NVML does not tell how devices are linked (no li"),
-        ({"device": RuntimeError("no UUID")}, "NVML does not know this device (no UUID)"),
-        ({"others": ["NVML is old", "NVML is old"]}, "NVML is old"),
-        ({"pdmux": True}, "--enable-pdmux"),
-        ({"opened": KernelUnavailable("rank 1: out of memory")}, "rank 1: out of memory"),
+        ({"links": (False, False)}, UNLINKED),
+        # One rank that sees no link is enough, and so is one that sees nothing.
+        ({"links": (False, True)}, f"rank 0: {UNLINKED}"),
+        ({"links": (True, OLD)}, "rank 1: NVML does not tell how devices are linked (NVML is old)"),
+        ({"links": (OLD, OLD)}, "NVML does not tell how devices are linked (NVML is old)"),
+        ({"devices": (4, OLD)}, "NVML does not know this device (NVML is old)"),
+        ({"devices": (OLD, 5)}, "NVML does not know this device (NVML is old)"),
+        ({"pdmux": True}, "--enable-pdmux runs prefill and decode on two streams at once"),
     ],
 )
-def test_every_other_reason_is_told(machine: Machine, changes: dict[str, Any], words: str) -> None:
+def test_every_other_reason_is_told(machine: Machine, changes: dict[str, Any], reason: str) -> None:
     for name, value in changes.items():
         setattr(machine, name, value)
-    channel, reason = machine.open()
-    assert channel is None
-    assert words in reason
+    assert machine.open() == (None, reason, False)
+
+
+def test_an_opening_that_fails_is_no_rule(machine: Machine) -> None:
+    machine.opened = (CHANNEL, RuntimeError("out of memory"))
+    assert machine.open() == (None, "rank 1: out of memory", True)
+
+
+def test_who_else_waits_for_a_peer(machine: Machine) -> None:
+    """Each of these runs kernels on other streams, which must find room on the chip."""
+    machine.open()
+    assert machine.alone
+    for name, value in (
+        ("pp_size", 2),
+        ("enable_eplb", True),
+        ("moe_a2a_backend", "deepep"),
+        ("disaggregation_mode", "prefill"),
+    ):
+        machine.arguments = {**ALONE, name: value}
+        machine.open()
+        assert not machine.alone, name

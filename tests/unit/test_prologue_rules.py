@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from jit_kernels.qk_norm_rope import op
 from jit_kernels.qk_norm_rope.op import Choice, KernelUnavailable, Request
 from sglang_minimax.errors import PathError
 from sglang_minimax.layers import path
-from sglang_minimax.layers.agreeing import first_problem, group_gather
+from sglang_minimax.layers.agreeing import first_problem, group_gather, refusal_of
 from sglang_minimax.layers.fusion import (
     ROTATION_RULES,
     STORE_RULES,
@@ -22,6 +21,7 @@ from sglang_minimax.layers.fusion import (
     expected_cache_dtype,
     first_reason,
 )
+from tests.ranks import own_rank, together
 
 ROTATION = RotationFacts(
     module="RotaryEmbedding",
@@ -47,7 +47,7 @@ STORE = StoreFacts(
     k_shape=(100, 8, 128),
     v_shape=(100, 8, 128),
     heads=(8, 128),
-    backend="FlashAttentionBackend",
+    backends=("FlashAttentionBackend",),
     scales=(1.0, 1.0),
     rotated=True,
     implementation="cuda",
@@ -97,7 +97,15 @@ STORE_CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"checked": True}, "SGLANG_ENABLE_ASYNC_ASSERT"),
     ({"dtype": torch.float8_e5m2, "scales": None}, "not known to the host"),
     (
-        {"dtype": torch.float8_e5m2, "scales": (2.0, 1.0), "backend": "TorchNativeAttnBackend"},
+        {"dtype": torch.float8_e4m3fn, "backends": ("TRTLLMHAAttnBackend",)},
+        "TRTLLMHAAttnBackend stores FP8 in the launch that converts q",
+    ),
+    (
+        {
+            "dtype": torch.float8_e5m2,
+            "scales": (2.0, 1.0),
+            "backends": ("TritonAttnBackend", "TorchNativeAttnBackend"),
+        },
         "TorchNativeAttnBackend may not apply the FP8 scales (2.0, 1.0)",
     ),
 ]
@@ -118,10 +126,19 @@ def test_every_rule_is_needed(rules: Any, facts: Any, changes: Any) -> None:
 
 
 def test_scales_of_a_backend_that_ignores_them_do_not_matter_when_they_are_one() -> None:
-    assert first_reason(STORE_RULES, replace(FP8, backend="TorchNativeAttnBackend")) == ""
+    assert first_reason(STORE_RULES, replace(FP8, backends=("TorchNativeAttnBackend",))) == ""
     # And those of a pool that is not FP8 are never applied.
-    facts = replace(STORE, backend="TorchNativeAttnBackend", scales=(2.0, 2.0))
+    facts = replace(STORE, backends=("TorchNativeAttnBackend",), scales=(2.0, 2.0))
     assert first_reason(STORE_RULES, facts) == ""
+
+
+def test_trtllm_keeps_its_own_store_of_one_type_alone() -> None:
+    trtllm = replace(STORE, backends=("FlashAttentionBackend", "TRTLLMHAAttnBackend"))
+    assert first_reason(STORE_RULES, trtllm) == ""
+    assert first_reason(STORE_RULES, replace(trtllm, dtype=torch.float8_e5m2)) == ""
+    # Of E5M2 it applies no scales when it reads.
+    scaled = replace(trtllm, dtype=torch.float8_e5m2, scales=(2.0, 1.0))
+    assert "TRTLLMHAAttnBackend may not apply" in first_reason(STORE_RULES, scaled)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +159,15 @@ def test_what_a_setting_makes_of_the_pool(setting: str, dtype: torch.dtype | Non
 
 def test_a_pool_of_another_dtype_than_the_model_is_not_prepared_for() -> None:
     assert expected_cache_dtype("bf16", torch.float16) is None
+
+
+def test_auto_follows_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    for algorithm in (None, "NVFP4", 8):
+        assert expected_cache_dtype("auto", torch.bfloat16, algorithm) == torch.bfloat16
+    assert expected_cache_dtype("auto", torch.bfloat16, "fp8") == torch.float8_e4m3fn
+    assert expected_cache_dtype("bf16", torch.bfloat16, "FP8") == torch.bfloat16
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert expected_cache_dtype("auto", torch.bfloat16, "FP8") is None
 
 
 # --- the path that all ranks of a group take ---
@@ -169,36 +195,6 @@ def chooser_of(*usable: str) -> path.Chooser:
         return Choice(found, "asked for" if name else f"{usable} run here", lambda call: None)
 
     return choose
-
-
-def together(act: Callable[[int, Any], Any], size: int = 3) -> list[Any]:
-    """Run `act(rank, gather)` for all ranks, one step of all before the next (generators would
-    do; threads are shorter)."""
-    import threading
-
-    barrier, values = threading.Barrier(size, timeout=20), [None] * size
-    results: list[Any] = [None] * size
-
-    def one(rank: int) -> None:
-        def gather(value: Any) -> list[Any]:
-            values[rank] = value
-            barrier.wait()
-            found = list(values)
-            barrier.wait()
-            return found
-
-        try:
-            results[rank] = act(rank, gather)
-        except Exception as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive()
-    return results
 
 
 def test_ranks_that_agree_take_the_fastest() -> None:
@@ -254,11 +250,8 @@ def test_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert path.forced() is None
     monkeypatch.setenv(path.VARIABLE, "")
     assert path.forced() is None
-    monkeypatch.setenv(path.VARIABLE, "triton")
-    assert path.forced() == "triton"
     monkeypatch.setenv(path.VARIABLE, "Triton")
-    with pytest.raises(PathError, match="use one of cuda, triton, reference, or unset"):
-        path.forced()
+    assert path.forced() == "Triton", "what it means is decided where all ranks hear it"
 
 
 class FakeChannel:
@@ -278,25 +271,147 @@ def prepared(
         return answer
 
     gather = group_gather("cpu", request.group_size)
-    choice, decided, channel = path.prepare(request, name, gather, opener, chooser_of(*usable))
+    choice, decided, channel, _ = path.prepare(request, name, gather, opener, chooser_of(*usable))
     return choice, decided, channel, len(asked)
+
+
+def ranks_prepare(
+    names: list[str | None],
+    *,
+    usable: list[list[str]] | None = None,
+    refusals: tuple[str, ...] = ("", "", ""),
+    opening: path.Opening | None = None,
+    request: Request = GPU,
+) -> tuple[list[Any], list[FakeChannel]]:
+    """What `prepare` returns or raises on three ranks, and the channels that were opened.
+
+    Opening is collective, as in a server: a rank that opens alone leaves the others behind. Not
+    only the number of gathers but also what they are for must be the same.
+    """
+    channels: list[FakeChannel] = []
+
+    def refuse(request: Request) -> str | None:
+        return refusals[own_rank()] or request.no_exchange or None
+
+    implementations = [op.Implementation("cuda", refuse, lambda _: None), *op.IMPLEMENTATIONS[1:]]  # type: ignore[arg-type, return-value]
+
+    def act(rank: int, gather: Any) -> path.Prepared:
+        def opener() -> path.Opening:
+            assert set(gather("opening")) == {"opening"}, "only some of the ranks open a channel"
+            if opening is not None:
+                return opening
+            channels.append(FakeChannel())
+            return path.Opening(channels[-1], "")  # type: ignore[arg-type]
+
+        def gather_names(value: Any) -> list[Any]:
+            found = gather(value)
+            assert "opening" not in found, "some of the ranks open a channel, this one does not"
+            return list(found)
+
+        run_here = (usable or [ORDER] * 3)[rank]
+        return path.prepare(request, names[rank], gather_names, opener, chooser_of(*run_here))  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "IMPLEMENTATIONS", implementations)
+        return together(act), channels
+
+
+def test_ranks_that_may_exchange_open_together() -> None:
+    found, channels = ranks_prepare([None] * 3)
+    assert [(each.choice.name, each.failed) for each in found] == [("cuda", False)] * 3
+    assert len(channels) == 3
+    assert not any(each.closed for each in channels)
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["triton", None, None], "is triton on rank 0 and unset on rank 1; "),
+        ([None, None, "cuda"], "is unset on rank 0 and cuda on rank 2; "),
+        (["cuda", "reference", "triton"], "is cuda on rank 0 and reference on rank 1; "),
+    ],
+)
+def test_names_that_differ_end_the_start_on_all_ranks(
+    names: list[str | None], sentence: str
+) -> None:
+    found, channels = ranks_prepare(names)
+    assert [type(each) for each in found] == [PathError] * 3
+    assert {str(each) for each in found} == {
+        f"SGLANG_MINIMAX_QK_NORM {sentence}set it to one name on all machines, or unset it on all."
+    }
+    assert channels == []
+
+
+@pytest.mark.parametrize(
+    ("names", "name"),
+    [
+        (["Triton"] * 3, "Triton"),
+        ([None, "Triton", None], "Triton on rank 1"),
+        (["cuda", "cuda", "fastest"], "fastest on rank 2"),
+    ],
+)
+def test_an_unknown_name_reaches_all_ranks(names: list[str | None], name: str) -> None:
+    found, channels = ranks_prepare(names)
+    assert [type(each) for each in found] == [PathError] * 3
+    assert {str(each) for each in found} == {
+        f"SGLANG_MINIMAX_QK_NORM={name} is not known; "
+        "use one of cuda, triton, reference, or unset it."
+    }
+    assert channels == []
+
+
+def test_a_channel_is_opened_where_all_ranks_may() -> None:
+    """One rank's device is too old, say: the others must not wait for it in the opening."""
+    usable = [ORDER, ORDER[1:], ORDER]
+    refusals = ("", "not for sm_75", "")
+    found, channels = ranks_prepare([None] * 3, usable=usable, refusals=refusals)
+    assert [each.choice.name for each in found] == ["triton"] * 3
+    assert {each.request.no_exchange for each in found} == {"rank 1: not for sm_75"}
+    assert all(each.failed for each in found), "the other ranks' rules allow it"
+    assert channels == []
+    found, channels = ranks_prepare(["cuda"] * 3, usable=usable, refusals=refusals)
+    assert {str(each) for each in found} == {
+        "SGLANG_MINIMAX_QK_NORM=cuda: rank 1: not for sm_75; unset it for a path that runs here."
+    }
+    assert channels == []
+
+
+def test_what_was_expected_to_run_and_does_not_is_told_from_a_rule() -> None:
+    def failed(*names: str | None, **changes: Any) -> set[tuple[str, bool]]:
+        found, _ = ranks_prepare(list(names or [None] * 3), **changes)
+        return {(each.choice.name, each.failed) for each in found}
+
+    slow = [ORDER[1:]] * 3
+    assert failed(usable=slow) == {("triton", True)}, "nvcc failed"
+    assert failed(usable=[ORDER, ORDER, ORDER[1:]]) == {("triton", True)}, "and on one rank"
+    assert failed("triton", "triton", "triton") == {("triton", False)}
+    old = {"usable": slow, "refusals": ("not for sm_75",) * 3}
+    assert failed(**old) == {("triton", False)}
+    rule, failure = path.Opening(None, "no NVLink"), path.Opening(None, "no memory", failed=True)
+    assert failed(opening=rule, usable=slow) == {("triton", False)}
+    assert failed(opening=failure, usable=slow) == {("triton", True)}
+    # Interpreted there, the kernels would run.
+    cpu = replace(GPU, device="cpu", capability=None)
+    assert failed(request=cpu) == {("reference", False)}
 
 
 def test_a_channel_is_opened_for_the_kernel_that_takes_one() -> None:
     channel = FakeChannel()
-    choice, decided, found, asked = prepared(GPU, None, ORDER, (channel, ""))
+    choice, decided, found, asked = prepared(GPU, None, ORDER, path.Opening(channel, ""))
     assert (choice.name, decided.no_exchange, found, asked) == ("cuda", "", channel, 1)
     assert not channel.closed
 
 
 def test_a_channel_that_nobody_uses_is_closed() -> None:
     channel = FakeChannel()
-    choice, _, found, _ = prepared(GPU, None, ["triton", "reference"], (channel, ""))
+    choice, _, found, _ = prepared(GPU, None, ["triton", "reference"], path.Opening(channel, ""))
     assert (choice.name, found, channel.closed) == ("triton", None, True)
 
 
 def test_why_there_is_no_channel_reaches_the_request() -> None:
-    _, decided, found, asked = prepared(GPU, None, ORDER, (None, "spans NVLink domains"))
+    _, decided, found, asked = prepared(
+        GPU, None, ORDER, path.Opening(None, "spans NVLink domains")
+    )
     assert (decided.no_exchange, found, asked) == ("spans NVLink domains", None, 1)
 
 
@@ -310,13 +425,24 @@ def test_why_there_is_no_channel_reaches_the_request() -> None:
     ],
 )
 def test_no_channel_is_opened_in_vain(request_: Request, name: str | None) -> None:
-    assert prepared(request_, name, ORDER, (FakeChannel(), ""))[2:] == (None, 0)
+    assert prepared(request_, name, ORDER, path.Opening(FakeChannel(), ""))[2:] == (None, 0)
 
 
 def test_a_kernel_that_refuses_gets_no_channel(monkeypatch: pytest.MonkeyPatch) -> None:
     refusing = op.Implementation("cuda", lambda _: "not for sm_75", lambda _: None)  # type: ignore[arg-type, return-value]
     monkeypatch.setattr(op, "IMPLEMENTATIONS", [refusing, *op.IMPLEMENTATIONS[1:]])
-    assert prepared(GPU, None, ORDER[1:], (FakeChannel(), ""))[2:] == (None, 0)
+    assert prepared(GPU, None, ORDER[1:], path.Opening(FakeChannel(), ""))[2:] == (None, 0)
+
+
+def test_rules_that_cannot_be_asked_refuse() -> None:
+    """A rank that raises before it gathers would leave the others behind."""
+
+    def refuse(request: Request) -> str | None:
+        raise OSError("libcuda is\n  gone")
+
+    broken = op.Implementation("cuda", refuse, lambda _: None)  # type: ignore[arg-type, return-value]
+    assert refusal_of(broken, GPU) == "OSError: libcuda is gone"
+    assert refusal_of(op.REFERENCE, GPU) == ""
 
 
 def test_a_problem_of_all_ranks_names_none() -> None:

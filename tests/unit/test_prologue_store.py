@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -14,9 +17,12 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.runtime_context import get_parallel
 
-from jit_kernels.qk_norm_rope.op import ALONE, REFERENCE, Choice, Norm, Request, qk_norm_rope_
+from jit_kernels.qk_norm_rope import op
+from jit_kernels.qk_norm_rope.op import Choice, KernelUnavailable, Norm, Request, qk_norm_rope_
 from jit_kernels.qk_norm_rope.reference import run as run_reference
-from sglang_minimax.layers.kv_store import KVStore
+from sglang_minimax.layers import path
+from sglang_minimax.layers import prologue as prologue_module
+from sglang_minimax.layers.kv_store import WHILE_CAPTURING, KVStore
 from sglang_minimax.layers.prologue import Prologue
 from sglang_minimax.layers.qk_norm import ShardedNormWeight
 from sglang_minimax.layers.rotation import facts_of, rotation, why_not
@@ -61,6 +67,7 @@ def make_attn(layer_id: int = 3, scales: tuple[float, float] | None = None) -> A
         v_scale=None,
         k_scale_float=None,
         v_scale_float=None,
+        quant_method=None,
     )
     if scales is not None:
         attn.k_scale, attn.v_scale = (torch.tensor(scale) for scale in scales)
@@ -287,17 +294,103 @@ def test_what_cannot_be_prepared_is_left_to_sglang(running: Running) -> None:
 
 
 def test_a_pool_that_is_replaced_is_looked_at_again_and_not_kept(running: Running) -> None:
-    import weakref
-
     store, said = make_store(make_attn())
     first = make_pool(torch.bfloat16)
-    running(first)
-    assert store.target(rows(1), make_batch()) is not None
     gone = weakref.ref(first)
-    with forward_context(ForwardContext(attn_backend=TritonAttnBackend(make_pool(torch.float16)))):
-        assert store.target(rows(1), make_batch()) is None
+    with forward_context(ForwardContext(attn_backend=TritonAttnBackend(first))):
+        assert store.target(rows(1), make_batch()) is not None
+    del first
+    gc.collect()
+    assert gone() is None
+    running(make_pool(torch.float16))
+    assert store.target(rows(1), make_batch()) is None
     assert len(said) == 2
-    assert gone() is first
+
+
+def test_what_a_capture_could_not_prepare_is_asked_for_again(running: Running) -> None:
+    running(make_pool(torch.bfloat16))
+    answers = [WHILE_CAPTURING, WHILE_CAPTURING, "", "not asked again"]
+    store, said = make_store(make_attn(), prepare=lambda dtype: answers.pop(0))
+    found = [store.target(rows(1), make_batch()) is not None for _ in range(4)]
+    assert found == [False, False, True, True]
+    assert said == [WHILE_CAPTURING, WHILE_CAPTURING, ""]
+
+
+def test_scales_that_change_are_judged_again(running: Running) -> None:
+    """A weight update may bring other scales, or leave the host without their values."""
+    running(make_pool(FP8))
+    attn = make_attn(scales=(0.5, 1.0))
+    store, said = make_store(attn)
+
+    def scales() -> tuple[float, float] | None:
+        write = store.target(rows(1), make_batch())
+        return None if write is None else (write.k_scale, write.v_scale)
+
+    assert scales() == (0.5, 1.0)
+    attn.v_scale_float = 4.0
+    assert scales() == (0.5, 4.0)
+    attn.v_scale_float = None
+    assert scales() is None
+    assert said == ["", "", "the FP8 scales are not known to the host"]
+    attn.v_scale_float = 4.0
+    assert scales() == (0.5, 4.0)
+    assert scales() == (0.5, 4.0)
+    assert len(said) == 4, "and nothing is judged where nothing has changed"
+
+
+def test_other_scales_are_judged_by_the_backends_rule(running: Running) -> None:
+    running(make_pool(FP8), OtherBackend)
+    attn = make_attn(scales=(1.0, 1.0))
+    store, said = make_store(attn)
+    assert store.target(rows(1), make_batch()) is not None
+    attn.k_scale_float = 0.5
+    assert store.target(rows(1), make_batch()) is None
+    assert "OtherBackend may not apply the FP8 scales (0.5, 1.0)" in said[-1]
+
+
+def test_what_runs_behind_sglangs_wrappers_is_judged(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--prefill-attention-backend with another --decode-attention-backend, and two batches."""
+    from sglang.srt.layers.attention import hybrid_attn_backend
+    from sglang.srt.layers.attention.tbo_backend import TboAttnBackend
+
+    monkeypatch.setattr(
+        hybrid_attn_backend,
+        "get_spec",
+        lambda: SimpleNamespace(speculative_attention_mode="prefill"),
+    )
+    pool = make_pool(FP8)
+
+    def plain(kind: type) -> Any:
+        backend = kind(pool)
+        backend.req_to_token_pool = backend.kv_index_translator = None
+        backend.needs_cpu_seq_lens = False
+        return backend
+
+    def hybrid(prefill: type, decode: type) -> Any:
+        runner = SimpleNamespace(
+            kv_cache_dtype=FP8,
+            token_to_kv_pool=pool,
+            req_to_token_pool=None,
+            kv_index_translator=None,
+            model_config=SimpleNamespace(context_len=64),
+        )
+        return hybrid_attn_backend.HybridAttnBackend(runner, plain(prefill), plain(decode))  # type: ignore[arg-type]
+
+    ours, other = TritonAttnBackend, OtherBackend
+    backends = [
+        (hybrid(ours, ours), True),
+        (hybrid(ours, other), False),
+        (hybrid(other, ours), False),
+        (TboAttnBackend(plain(ours), []), True),
+        (TboAttnBackend(hybrid(ours, other), []), False),
+    ]
+    store, said = make_store(make_attn(scales=(0.5, 1.0)))
+    for backend, stores in backends:
+        running(pool, lambda _, backend=backend: backend)
+        assert (store.target(rows(1), make_batch()) is not None) == stores
+    assert "OtherBackend may not apply the FP8 scales (0.5, 1.0)" in said
 
 
 # --- rotation ---
@@ -330,7 +423,6 @@ def test_the_same_rotation_as_sglangs(scaling: dict[str, Any] | None) -> None:
     assert why_not(rope, head_dim=HEAD_DIM, implementation="reference", device="cpu") == ""
     q, k = rows(3, torch.float32), rows(4, torch.float32)
     positions = torch.tensor([0, 7, 63, 20])
-    expected = rope.forward_native(positions, q.clone(), k.clone())
     # A norm that changes nothing: rows of mean square 1.
     q, k = (x * (WIDTH**0.5) / x.norm(dim=-1, keepdim=True) for x in (q, k))
     expected = rope.forward_native(positions, q.clone(), k.clone())
@@ -348,7 +440,6 @@ def test_modules_that_rotate_otherwise_keep_their_rotation() -> None:
     assert "neighbours" in reason(make_rope(is_neox_style=False))
     mrope = make_rope({"rope_type": "default", "mrope_section": [1, 1, 2]})
     assert "MRotaryEmbedding rotates in its own way" in reason(mrope)
-    assert "nn.Identity" not in reason(torch.nn.Identity())
     assert "Identity rotates in its own way" in reason(torch.nn.Identity())
     # Facts of a plain one, as the kernels see it.
     facts = facts_of(make_rope(), head_dim=HEAD_DIM, implementation="cuda", device="cuda")
@@ -356,26 +447,45 @@ def test_modules_that_rotate_otherwise_keep_their_rotation() -> None:
     assert reason(make_rope(), "cuda", "cuda") == ""
 
 
-# --- torch.compile ---
+# --- the prologue of a layer ---
 
 
-def test_torch_compile_traces_the_prologue_in_one_graph(running: Running) -> None:
-    """And leaves the K/V pool, which is not the compiler's business, to SGLang."""
-    running(make_pool(torch.float32))
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """What a prologue reads of SGLang's settings, on the first rank of one."""
+    settings = SimpleNamespace(kv_cache_dtype="auto")
+    monkeypatch.setattr(prologue_module, "get_model", lambda: settings)
+    monkeypatch.delenv(path.VARIABLE, raising=False)
+    _forget()
+    with get_parallel().override(tp_rank=0, pp_rank=0, attn_tp_rank=0):
+        yield settings
+    _forget()
+
+
+def _forget() -> None:
+    """What the process has chosen for other layers."""
+    for kept in (prologue_module._prepared, prologue_module._say):
+        kept.cache_clear()
+    prologue_module._stores.clear()
+
+
+def make_prologue(attn: Any = None, dtype: torch.dtype = torch.float32) -> Prologue:
     shard = AttentionShard(1, 0, HEAD_DIM, 4, HEADS)
-    q_norm, k_norm = (ShardedNormWeight(range(n), n) for n in (shard.q_width, shard.kv_width))
+    q_norm, k_norm = (
+        ShardedNormWeight(range(n), n).to(dtype) for n in (shard.q_width, shard.kv_width)
+    )
     for norm in (q_norm, k_norm):
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
-    prologue = Prologue.__new__(Prologue)
-    prologue._q_norm, prologue._k_norm, prologue._head_dim = q_norm, k_norm, HEAD_DIM
-    prologue._widths = (shard.q_width, shard.kv_width, shard.kv_width)
-    prologue._divisors = (shard.q_divisor, shard.k_divisor)
-    prologue._rotary, prologue._eps, prologue._no_rotation = make_rope(), 1e-6, ""
-    prologue._group = ALONE
-    request = Request("cpu", torch.float32, 4, HEADS, HEAD_DIM)
-    prologue._plain = prologue._storing = Choice("reference", "", REFERENCE.prepare(request))
-    prologue._store, _ = make_store(make_attn(), torch.float32)
-    qkv = torch.randn(4, shard.q_width + 2 * WIDTH)
+    return Prologue(q_norm, k_norm, shard, make_rope(), attn or make_attn(), eps=1e-6)
+
+
+def test_torch_compile_traces_the_prologue_in_one_graph(
+    running: Running, server: SimpleNamespace
+) -> None:
+    """And leaves the K/V pool, which is not the compiler's business, to SGLang."""
+    running(make_pool(torch.float32))
+    prologue = make_prologue()
+    qkv = torch.randn(4, (4 + 2 * HEADS) * HEAD_DIM)
     positions, batch = torch.tensor([1, 2, 3, 4]), make_batch()
     eager = prologue(positions, qkv.clone(), batch)
     assert eager.stored
@@ -388,3 +498,94 @@ def test_torch_compile_traces_the_prologue_in_one_graph(running: Running) -> Non
     traced = compiled(positions, qkv.clone())
     assert traced[3] is False
     torch.testing.assert_close(traced[:3], tuple(eager[:3]), rtol=1e-6, atol=1e-6)
+
+
+def test_the_pool_that_a_checkpoint_brings_is_prepared_for(server: SimpleNamespace) -> None:
+    """So that nothing is compiled in the first forward."""
+
+    def prepared(algorithm: str | None) -> list[torch.dtype | None]:
+        prologue_module._stores.clear()
+        attn = make_attn()
+        config = SimpleNamespace(kv_cache_quant_algo=algorithm)
+        attn.quant_method = SimpleNamespace(quant_config=config)
+        make_prologue(attn)
+        return [request.cache_dtype for request, _ in prologue_module._stores]
+
+    assert prepared("FP8") == [FP8]
+    assert prepared(None) == [torch.float32]
+    server.kv_cache_dtype = "fp8_e5m2"
+    assert prepared("FP8") == [torch.float8_e5m2]
+    server.kv_cache_dtype = "mxfp8"
+    assert prepared(None) == []
+
+
+GPU = Request("cuda", torch.bfloat16, 4, HEADS, HEAD_DIM, capability=(9, 0))
+
+
+class Kernel:
+    """The first of our implementations, as it would be on one rank of an accelerator."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capturing = False
+        self.refuses: str | None = None
+        self.compiles = True
+        self.prepared = 0
+        mine = op.Implementation("cuda", lambda request: self.refuses, self._prepare)
+        monkeypatch.setattr(op, "IMPLEMENTATIONS", [mine, op.REFERENCE])
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+
+    def _prepare(self, request: Request) -> Any:
+        self.prepared += 1
+        if not self.compiles:
+            raise KernelUnavailable("nvcc stopped")
+        return run_reference
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch, server: SimpleNamespace) -> Kernel:
+    return Kernel(monkeypatch)
+
+
+def test_nothing_is_compiled_while_a_graph_is_captured(kernel: Kernel) -> None:
+    kernel.capturing = True
+    assert prologue_module._storing(GPU, "cuda") == WHILE_CAPTURING
+    assert kernel.prepared == 0
+    kernel.capturing = False
+    found = prologue_module._storing(GPU, "cuda")
+    assert not isinstance(found, str)
+    kernel.capturing = True
+    assert prologue_module._storing(GPU, "cuda") is found, "a later capture has it"
+    assert kernel.prepared == 1
+
+
+DEVICE = torch.device("cuda", 0)
+
+
+def test_a_failed_compile_is_a_warning_of_each_group(
+    kernel: Kernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Groups decide for themselves: what fails in another than the first must be seen too."""
+    caplog.set_level("INFO")
+
+    def told(tp_rank: int, attn_tp_rank: int) -> list[tuple[int, str]]:
+        caplog.clear()
+        _forget()
+        with get_parallel().override(tp_rank=tp_rank, attn_tp_rank=attn_tp_rank):
+            prepared = prologue_module._prepared(GPU, DEVICE)
+            prologue_module._say(path.summary(prepared.choice, GPU, ""), prepared.failed)
+            prologue_module._storing(GPU, "cuda")
+        return [(record.levelno, record.getMessage()) for record in caplog.records]
+
+    assert [level for level, _ in told(0, 0)] == [logging.INFO]
+    assert told(4, 0) == []
+    kernel.refuses = "not for sm_75"
+    assert [level for level, _ in told(0, 0)] == [logging.INFO]
+    assert told(4, 0) == [], "a rule is no failure"
+    kernel.refuses, kernel.compiles = None, False
+    fallback, no_store = told(4, 0)
+    assert (fallback[0], no_store[0]) == (logging.WARNING, logging.WARNING)
+    assert "reference on cuda, attention-TP 1 (cuda: nvcc stopped)" in fallback[1]
+    assert "Attention prologue: cuda cannot store K and V: " in no_store[1]
+    assert "nvcc stopped" in no_store[1]
+    assert told(0, 0) == [fallback, no_store]
+    assert told(5, 1) == [], "one rank of a group says it"
