@@ -209,6 +209,48 @@ PATCHES: tuple[Patch, ...] = (
         upstream=None,
         exit="when SGLang checks token ids and the number of top logprobs itself",
     ),
+    Patch(
+        target="sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat._process_tool_calls",
+        replacement="sglang_minimax.patches.chat:keep_the_reason_of_a_cut",
+        scope=Scope.MODEL,
+        why="a call that the end of the reply cut off is said to be finished, without streaming",
+        how="puts the finish reason back where the last call is not closed, for minimax-m2",
+        upstream="srt/entrypoints/openai/serving_chat.py:3211",
+        exit="SGLang looks at incomplete_tool_call_indices there, as it does with streaming",
+    ),
+    Patch(
+        target=(
+            "sglang.srt.entrypoints.openai.serving_chat:"
+            "OpenAIServingChat._patch_reasoning_skip_special_tokens"
+        ),
+        replacement="sglang_minimax.patches.chat:keep_tags_in_the_text",
+        scope=Scope.MODEL,
+        why="</think> is lost where a tokenizer counts it as special, and with it the content",
+        how="keeps special tokens in the text of minimax replies then",
+        upstream="srt/entrypoints/openai/serving_chat.py:3355",
+        exit="SGLang keeps the tags of every reasoning parser in the text",
+    ),
+    Patch(
+        target="sglang.srt.constrained.reasoner_grammar_backend:ReasonerGrammarBackend.__init__",
+        replacement="sglang_minimax.patches.thinking_grammar:know_what_ends_a_reply",
+        scope=Scope.MODEL,
+        why="a thought that opens a tool call, or ends the turn, never comes to its grammar",
+        how="notes those tokens where the reasoning parser is ours; for the entry below",
+        upstream="srt/constrained/reasoner_grammar_backend.py:273 (only with strict thinking)",
+        exit="when a request with a grammar always keeps its thought from going around it",
+    ),
+    Patch(
+        target=(
+            "sglang.srt.constrained.reasoner_grammar_backend:"
+            "ReasonerGrammarBackend._make_grammar_object"
+        ),
+        replacement="sglang_minimax.patches.thinking_grammar:keep_them_from_thoughts",
+        scope=Scope.MODEL,
+        why="the entry above",
+        how="switches strict thinking on for the objects of grammars, not for other requests",
+        upstream="srt/constrained/reasoner_grammar_backend.py:442",
+        exit="with the entry above",
+    ),
 )
 
 REGISTRATIONS: tuple[Registration, ...] = (
@@ -225,6 +267,20 @@ REGISTRATIONS: tuple[Registration, ...] = (
         registry="sglang.srt.arg_groups.resolution_hooks:register_resolution_hook",
         scope=Scope.MODEL,
         why="what a topology or format cannot do is refused while arguments are checked",
+    ),
+    Registration(
+        module="sglang.srt.function_call.function_call_parser",
+        run="sglang_minimax.patches.parsers:register_tool_calls",
+        registry="sglang.srt.function_call.function_call_parser:FunctionCallParser",
+        scope=Scope.MODEL,
+        why="in-tree loses and corrupts calls of minimax-m2, in quadratic time",
+    ),
+    Registration(
+        module="sglang.srt.parser.reasoning_parser",
+        run="sglang_minimax.patches.parsers:register_reasoning",
+        registry="sglang.srt.parser.reasoning_parser:ReasoningParser",
+        scope=Scope.MODEL,
+        why="in-tree parses minimax with the tool tag of another model",
     ),
 )
 

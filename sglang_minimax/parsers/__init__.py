@@ -1,0 +1,1 @@
+"""What MiniMax-M2 writes, taken apart: reasoning, text and tool calls."""

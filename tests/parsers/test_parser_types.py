@@ -1,0 +1,332 @@
+"""How the text of a parameter becomes JSON, by its schema: one row for each rule."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from sglang_minimax.parsers.schema import ALL, of_tool
+from sglang_minimax.parsers.values import Value, escaped
+from tests.parsers.replies import parse, same_however_cut, schema, wire
+
+ABSENT = object()
+STRING, INTEGER, NUMBER, BOOLEAN, NULL, ARRAY, OBJECT = (
+    {"type": each} for each in ("string", "integer", "number", "boolean", "null", "array", "object")
+)
+NULLABLE = {"type": ["string", "null"]}
+DEFINITIONS = {
+    "text": {"type": "string"},
+    "count": {"$ref": "#/$defs/whole"},
+    "whole": {"type": "integer"},
+    "a/b~c": {"type": "string"},
+    "loop": {"$ref": "#/$defs/loop"},
+    "ping": {"$ref": "#/$defs/pong"},
+    "pong": {"$ref": "#/$defs/ping"},
+    "tree": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]},
+    "node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/tree"}}},
+}
+
+
+def arguments(of: Any, text: str) -> str:
+    """The JSON of one parameter, the same however the reply is cut."""
+    parameters = schema() if of is ABSENT else schema(p=of)
+    tools = {"f": parameters | {"$defs": DEFINITIONS}}
+    before = copy.deepcopy(tools)
+    reply = same_however_cut(wire(("f", {"p": text})), tools)
+    assert tools == before, "the schema was changed"
+    assert reply.calls[0].complete
+    return reply.calls[0].arguments.removeprefix('{"p": ').removesuffix("}")
+
+
+SPELLINGS = (
+    *("", " ", "None", "null", "nil", "true", "True", "0", "007", "1e5", "2.0", "-0", "inf", "NaN"),
+    *("{}", "[]", '{"a": 1}', '"quoted"', "}", "{", "\n", "\nx\n", "\\", '"', "\t", "\x00", "🦀"),
+    *("</invoke>", "<invoke name=", "</parameter>", "<", "&lt;", "\ud800", "\u2028", "\x7f"),
+)
+
+
+@pytest.mark.parametrize("text", SPELLINGS)
+@pytest.mark.parametrize(
+    "of",
+    [
+        STRING,
+        {"type": ["string"]},
+        {"type": "String"},
+        {"anyOf": [STRING, STRING]},
+        {"oneOf": [STRING]},
+        {"allOf": [STRING, {}]},
+        {"$ref": "#/$defs/text"},
+        {"enum": ["a", "b"]},
+        {"const": "a"},
+        {"type": "string", "enum": ["a", 1]},
+        {"type": ["string", "null"], "const": "a"},
+    ],
+    ids=str,
+)
+def test_a_string_stays_a_string(of, text):
+    assert json.loads(arguments(of, text)) == text
+
+
+# schema, text, JSON
+RULES: list[tuple[Any, str, str]] = [
+    # As it was written, without the white space around it.
+    (INTEGER, "5", "5"),
+    (INTEGER, " -12\n", "-12"),
+    (INTEGER, "0", "0"),
+    (INTEGER, "1" + "0" * 5000, "1" + "0" * 5000),
+    (INTEGER, "2.0", "2"),
+    (INTEGER, "-3.000", "-3"),
+    (NUMBER, "5", "5"),
+    (NUMBER, "2.0", "2.0"),
+    (NUMBER, "1e999", "1e999"),
+    (NUMBER, "-1.5E-7", "-1.5E-7"),
+    (NUMBER, "0.1000000000000000055511151231257827", "0.1000000000000000055511151231257827"),
+    (BOOLEAN, "true", "true"),
+    (BOOLEAN, "\nfalse ", "false"),
+    (NULL, "null", "null"),
+    (ARRAY, "[1, 2]", "[1, 2]"),
+    (ARRAY, "[ ]", "[ ]"),
+    (ARRAY, "\n[1,\n 2]\n", "[1,\n 2]"),
+    (OBJECT, '{"a":{"b":[null]}}', '{"a":{"b":[null]}}'),
+    (OBJECT, '{"a": 1, "a": 2}', '{"a": 1, "a": 2}'),
+    (OBJECT, '{"a": 1e999}', '{"a": 1e999}'),
+    # What does not fit goes out as a string, with its white space.
+    (INTEGER, "2.5", '"2.5"'),
+    (INTEGER, "1e3", '"1e3"'),
+    (INTEGER, "five", '"five"'),
+    (INTEGER, " 5a\n", '" 5a\\n"'),
+    (INTEGER, "", '""'),
+    (INTEGER, "+5", '"+5"'),
+    (INTEGER, "05", '"05"'),
+    (INTEGER, "1_000", '"1_000"'),
+    (INTEGER, "٣", '"٣"'),
+    (INTEGER, "true", '"true"'),
+    (INTEGER, "null", '"null"'),
+    (INTEGER, '"5"', '"\\"5\\""'),
+    (NUMBER, "inf", '"inf"'),
+    (NUMBER, "-Infinity", '"-Infinity"'),
+    (NUMBER, "nan", '"nan"'),
+    (NUMBER, "1.", '"1."'),
+    (NUMBER, ".5", '".5"'),
+    (NUMBER, "1,000", '"1,000"'),
+    (BOOLEAN, "yes", '"yes"'),
+    (BOOLEAN, "1", '"1"'),
+    (BOOLEAN, "TRUE", '"TRUE"'),
+    (NULL, "", '""'),
+    (NULL, "nil", '"nil"'),
+    (OBJECT, "[1]", '"[1]"'),
+    (ARRAY, '{"a": 1}', '"{\\"a\\": 1}"'),
+    (ARRAY, "1, 2", '"1, 2"'),
+    (ARRAY, "[1, 2", '"[1, 2"'),
+    (ARRAY, "[1,]", '"[1,]"'),
+    (ARRAY, "['a']", "\"['a']\""),
+    (ARRAY, "[NaN]", '"[NaN]"'),
+    (ARRAY, "[1] [2]", '"[1] [2]"'),
+    (OBJECT, "null", '"null"'),
+    # Line breaks inside the strings of JSON are mended; all else stays as it was written.
+    (OBJECT, '{"a": "x\ny"}', '{"a": "x\\ny"}'),
+    (OBJECT, '{"a": "\t", "b": 1e999,\n"c": 2.50}', '{"a": "\\t", "b": 1e999,\n"c": 2.50}'),
+    (ARRAY, '["\n\\"\n", "\r\x00"]', '["\\n\\"\\n", "\\r\\u0000"]'),
+    (ARRAY, '["\n", 1' + "0" * 5000 + "]", '["\\n", 1' + "0" * 5000 + "]"),
+    (ARRAY, '["\ud800"]', '["\\ud800"]'),
+    (ARRAY, '["\\\n"]', '"[\\"\\\\\\n\\"]"'),
+    # Python's spellings, where no string is allowed.
+    (BOOLEAN, "True", "true"),
+    (BOOLEAN, "False", "false"),
+    (NULL, "None", "null"),
+    ({"type": ["integer", "null"]}, "None", "null"),
+    (INTEGER, "None", '"None"'),
+    (BOOLEAN, "None", '"None"'),
+    (NULLABLE, "None", '"None"'),
+    ({"type": ["string", "boolean"]}, "True", '"True"'),
+    (ABSENT, "None", '"None"'),
+    (ABSENT, "True", '"True"'),
+    # Nullable: null is the only thing that is not the string.
+    (NULLABLE, "null", "null"),
+    (NULLABLE, " null\n", "null"),
+    (NULLABLE, "nullx", '"nullx"'),
+    (NULLABLE, "nul", '"nul"'),
+    (NULLABLE, "n ull", '"n ull"'),
+    (NULLABLE, "null null", '"null null"'),
+    (NULLABLE, "", '""'),
+    (NULLABLE, " ", '" "'),
+    (NULLABLE, "Alice", '"Alice"'),
+    (NULLABLE, "5", '"5"'),
+    (NULLABLE, "true", '"true"'),
+    (NULLABLE, "{}", '"{}"'),
+    ({"anyOf": [STRING, NULL]}, "null", "null"),
+    ({"anyOf": [STRING, NULL]}, "x", '"x"'),
+    ({"anyOf": [OBJECT, NULL]}, '{"a": 1}', '{"a": 1}'),
+    ({"anyOf": [OBJECT, NULL]}, "null", "null"),
+    # Several types.
+    ({"type": ["integer", "string"]}, "5", "5"),
+    ({"type": ["integer", "string"]}, "5.5", '"5.5"'),
+    ({"type": ["integer", "string"]}, "5 apples", '"5 apples"'),
+    ({"type": ["integer", "number"]}, "2.0", "2.0"),
+    ({"oneOf": [INTEGER, BOOLEAN]}, "true", "true"),
+    ({"oneOf": [INTEGER, BOOLEAN]}, "7", "7"),
+    ({"anyOf": [STRING, ARRAY]}, '["a"]', '["a"]'),
+    ({"anyOf": [STRING, ARRAY]}, "[draft] a", '"[draft] a"'),
+    ({"anyOf": [STRING, OBJECT]}, "{x}", '"{x}"'),
+    ({"anyOf": [STRING, {}]}, "5", "5"),
+    ({"anyOf": [STRING, True]}, "5", "5"),
+    ({"anyOf": []}, "5", "5"),
+    ({"allOf": [{"type": ["string", "integer"]}, {"type": ["integer", "null"]}]}, "5", "5"),
+    ({"allOf": [{"type": ["string", "integer"]}, {"type": ["integer", "null"]}]}, "null", '"null"'),
+    ({"allOf": [NUMBER, INTEGER]}, "2.0", "2"),
+    ({"allOf": [STRING, INTEGER]}, "5", "5"),  # contradicts itself: anything goes
+    ({"type": "string", "anyOf": [{"minLength": 1}, {"pattern": "x"}]}, "5", '"5"'),
+    # Enums and constants.
+    ({"enum": ["a", 1, None]}, "1", "1"),
+    ({"enum": ["a", 1, None]}, "null", "null"),
+    ({"enum": ["a", 1, None]}, "2.5", '"2.5"'),
+    ({"enum": ["1", 1]}, "1", '"1"'),
+    ({"enum": ["null", None]}, "null", '"null"'),
+    ({"enum": ["true", True, "x"]}, "true", '"true"'),
+    ({"enum": [True, False]}, "True", "true"),
+    ({"enum": [1.5, 2]}, "1.5", "1.5"),
+    ({"enum": [[1], {"a": 2}]}, "[1]", "[1]"),
+    ({"enum": [[1], {"a": 2}]}, "[2]", "[2]"),  # values are the client's to check
+    ({"enum": []}, "5", "5"),
+    ({"const": 5}, "5", "5"),
+    ({"const": None}, "null", "null"),
+    # References.
+    ({"$ref": "#/$defs/count"}, "5", "5"),
+    ({"$ref": "#/$defs/text"}, "5", '"5"'),
+    ({"$ref": "#/$defs/a~1b~0c"}, "5", '"5"'),
+    ({"$ref": "#/$defs/tree"}, "null", "null"),
+    ({"$ref": "#/$defs/tree"}, '{"next": null}', '{"next": null}'),
+    ({"$ref": "#/$defs/tree"}, "5", '"5"'),
+    ({"$ref": "#/$defs/loop"}, "5", "5"),
+    ({"$ref": "#/$defs/ping"}, "x", '"x"'),
+    ({"$ref": "#/$defs/ping", "type": "string"}, "5", '"5"'),
+    ({"$ref": "#/$defs/none"}, "5", "5"),
+    ({"$ref": "#/$defs/whole/type"}, "5", "5"),
+    ({"$ref": "#"}, '{"a": 1}', '{"a": 1}'),
+    ({"$ref": "#anchor"}, "5", "5"),
+    ({"$ref": "https://example.com/schema"}, "5", "5"),
+    ({"$ref": 5}, "5", "5"),
+    ({"$ref": None}, "x", '"x"'),
+    # No schema: what reads as JSON is that, all else is a string.
+    (ABSENT, "5", "5"),
+    (ABSENT, "5.50", "5.50"),
+    (ABSENT, "true", "true"),
+    (ABSENT, "null", "null"),
+    (ABSENT, '{"a": 1}', '{"a": 1}'),
+    (ABSENT, "hello", '"hello"'),
+    (ABSENT, '"hello"', '"\\"hello\\""'),
+    (ABSENT, "2024-12-25", '"2024-12-25"'),
+    (ABSENT, "10 000", '"10 000"'),
+    (ABSENT, "", '""'),
+    ({}, "5", "5"),
+    (True, "5", "5"),
+    (False, "5", "5"),
+    (None, "5", "5"),
+    ("string", "5", "5"),
+    ([STRING], "5", "5"),
+    ({"type": "any"}, "5", "5"),
+    ({"type": None}, "5", "5"),
+    ({"type": []}, "5", "5"),
+    ({"type": [5, "string"]}, "5", '"5"'),
+    ({"description": "a date"}, "5", "5"),
+    ({"anyOf": "string"}, "5", "5"),
+    ({"enum": "abc"}, "5", "5"),
+]
+
+
+def _shown(value: Any) -> str:
+    return "no schema" if value is ABSENT else str(value)[:40]
+
+
+@pytest.mark.parametrize(("of", "text", "expected"), RULES, ids=_shown)
+def test_rules(of, text, expected):
+    assert arguments(of, text) == expected
+
+
+# --- the schema of all the parameters ---
+
+NO_SCHEMA: list[Any] = [None, [], "object", 5, True, {}, {"type": "object"}]
+NO_SCHEMA += [{"properties": None}, {"properties": []}]
+
+
+@pytest.mark.parametrize("parameters", NO_SCHEMA, ids=str)
+def test_a_tool_without_a_schema(parameters):
+    reply = parse(wire(("f", {"a": "5", "b": "x"})), {"f": parameters})
+    assert reply.values() == [("f", {"a": 5, "b": "x"})]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"additionalProperties": STRING},
+        {"properties": {"q": INTEGER}, "additionalProperties": STRING},
+        {"allOf": [{"properties": {"p": STRING}}]},
+        {"$ref": "#/$defs/all", "$defs": {"all": {"properties": {"p": STRING}}}},
+        {"$ref": "#", "properties": {"p": STRING}},
+        {"allOf": [{"$ref": "#"}, {"$ref": "#"}], "properties": {"p": STRING}},
+        {"allOf": [{"properties": {"p": NULLABLE}}, {"properties": {"p": STRING}}]},
+    ],
+    ids=str,
+)
+def test_where_a_parameter_may_be_described(parameters):
+    before = copy.deepcopy(parameters)
+    assert parse(wire(("f", {"p": "5"})), {"f": parameters}).values() == [("f", {"p": "5"})]
+    assert parameters == before
+
+
+@pytest.mark.parametrize("further", [True, False, None, "x"])
+def test_additional_properties_that_are_no_schema(further):
+    parameters = schema(q=STRING) | {"additionalProperties": further}
+    assert parse(wire(("f", {"p": "5"})), {"f": parameters}).values() == [("f", {"p": 5})]
+
+
+def test_the_same_name_of_another_tool_is_another_parameter():
+    tools = {"f": schema(p=STRING), "g": schema(p=INTEGER)}
+    reply = parse(wire(("f", {"p": "5"}), ("g", {"p": "5"}), ("h", {"p": "5"})), tools)
+    assert reply.values() == [("f", {"p": "5"}), ("g", {"p": 5}), ("h", {"p": 5})]
+
+
+def test_a_schema_nested_deeper_than_anybody_reads_leaves_all_open():
+    deep: Any = STRING
+    for _ in range(5000):
+        deep = {"anyOf": [deep]}
+    assert of_tool({"properties": {"p": deep}}).allowed("p").types == ALL
+
+
+# --- while it arrives ---
+
+
+@pytest.mark.parametrize(
+    ("of", "fed", "out"),
+    [
+        (STRING, ["", "a", "\n", "b"], ['"', "a", "\\n", "b", '"']),
+        (NULLABLE, ["n", "u", "x", "y"], ["", "", '"nux', "y", '"']),
+        (NULLABLE, [" ", "5", "6"], ["", '" 5', "6", '"']),
+        (NULLABLE, ["nu", "ll", " "], ["", "", "", "null"]),
+        (INTEGER, ["1", "2"], ["", "", "12"]),
+        ({"type": ["integer", "string"]}, ["1", "2", "a", "b"], ["", "", '"12a', "b", '"']),
+        (ABSENT, ["t", "r", "y"], ["", "", '"try', '"']),
+        (ABSENT, ["[", "a", "]"], ["", "", "", '"[a]"']),
+    ],
+    ids=_shown,
+)
+def test_a_value_goes_out_from_where_it_is_certain(of, fed, out):
+    value = Value(of_tool(schema() if of is ABSENT else schema(p=of)).allowed("p"))
+    assert [value.feed(text) for text in fed] + [value.end()] == out
+
+
+def test_escapes_do_not_depend_on_the_cuts():
+    text = '\x00\x1f"\\\n\r\t\b\f\x7f\u2028🦀\ud83e\udd80\udfff/é'
+    assert escaped(text) == "".join(map(escaped, text))
+    assert json.loads(f'"{escaped(text)}"').encode("utf-16", "surrogatepass") == text.encode(
+        "utf-16", "surrogatepass"
+    )
+    escaped(text).encode()
+
+
+def test_a_name_that_json_has_to_escape():
+    reply = same_however_cut(wire(("f", {'a"\\\ud800': "1", "é": "2"})))
+    assert reply.calls[0].arguments == '{"a\\"\\\\\\ud800": 1, "é": 2}'
