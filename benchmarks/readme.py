@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import prologue_table
+from benchmarks import parser_table, prologue_table
 from benchmarks.common import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
@@ -151,6 +151,15 @@ def prologue() -> str:
     return "\n\n".join(parts)
 
 
+def parsers() -> str:
+    """A long tool argument, streamed through in-tree's parser and through ours."""
+    data = _read("parsers")
+    shown = (parser_table.CONTENT, parser_table.CHUNK)
+    rows = [row for row in data["rows"] if (row["content"], row["chunk"]) == shown]
+    table = _table(parser_table.HEAD, parser_table.lines(rows, data["budget"]))
+    return table + _source("parsers", data["provenance"])
+
+
 def _pairs(rows: list[Result], checkpoint: str) -> dict[str, tuple[Result, Result]]:
     """topology -> the rows of both loaders, in-tree first."""
     found = {
@@ -173,6 +182,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "strictness": strictness,
     "load": load,
     "prologue": prologue,
+    "parsers": parsers,
     "tiny": tiny,
 }
 
