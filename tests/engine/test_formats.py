@@ -91,7 +91,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return folder
 
 
-@pytest.mark.parametrize(("name", "shape"), CASES, ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        # What two ranks show of cutting, four show again.
+        pytest.param(*case, id="-".join(case), marks=[pytest.mark.slow] * (case[1] == "tp4"))
+        for case in CASES
+    ],
+)
 def test_agrees_with_transformers(
     name: str, shape: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

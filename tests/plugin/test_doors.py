@@ -70,7 +70,11 @@ def test_importing_the_package_and_opening_the_door_is_light() -> None:
     [
         pytest.param("", id="a process that never calls load_plugins"),
         pytest.param("from sglang.srt.plugins import load_plugins; load_plugins()", id="a server"),
-        pytest.param("import sglang.srt.models.registry", id="registry imported first"),
+        pytest.param(
+            "import sglang.srt.models.registry",
+            id="registry imported first",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_our_class_is_served(prelude: str) -> None:
@@ -91,6 +95,7 @@ print(type(current_platform).__name__)
     assert done.stdout.strip().splitlines()[-3:] == [IN_TREE, "[]", "SRTPlatform"]
 
 
+@pytest.mark.slow
 def test_another_plugin_is_named(other_platform: Path) -> None:
     """SGLANG_PLUGINS that names another plugin loses neither model nor platform."""
     done = python(
@@ -110,6 +115,7 @@ def test_plugins_filter_alone_keeps_the_platform() -> None:
     assert last_line(done) == "MinimaxCpuPlatform"
 
 
+@pytest.mark.slow
 def test_another_platform_is_chosen(other_platform: Path) -> None:
     """SGLANG_PLATFORM that names another platform gets it, with its hooks, and our model."""
     done = python(
@@ -121,6 +127,7 @@ def test_another_platform_is_chosen(other_platform: Path) -> None:
     assert done.stdout.strip().splitlines()[-2:] == ["Other", OURS]
 
 
+@pytest.mark.slow
 def test_another_platform_that_is_installed_goes_first(other_platform: Path) -> None:
     done = python(
         "from sglang.srt.platforms import current_platform\nprint(type(current_platform).__name__)",
@@ -186,6 +193,7 @@ def test_a_hook_that_did_not_take_stops_our_model() -> None:
     assert "SGLANG_MINIMAX=0" in sentence
 
 
+@pytest.mark.slow
 def test_a_moved_symbol_is_a_hook_that_did_not_take() -> None:
     """A release without the symbol: the patch fails for real, and says which."""
     done = python(

@@ -91,7 +91,10 @@ def own_server(tmp_path: Path) -> Iterator[LocalServer]:
             yield server
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL],
+)
 def test_a_signal_ends_the_whole_family(number: signal.Signals, own_server: LocalServer) -> None:
     """To the HTTP process alone; the others must notice by themselves."""
     assert ask(own_server.url)
