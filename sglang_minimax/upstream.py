@@ -219,6 +219,15 @@ PATCHES: tuple[Patch, ...] = (
         exit="SGLang looks at incomplete_tool_call_indices there, as it does with streaming",
     ),
     Patch(
+        target="sglang.srt.entrypoints.anthropic.serving:AnthropicServing._convert_response",
+        replacement="sglang_minimax.patches.chat:leave_cut_calls_out",
+        scope=Scope.MODEL,
+        why="a call that was cut off becomes a tool_use block with the input {}",
+        how="leaves it out, for minimax-m2",
+        upstream="srt/entrypoints/anthropic/serving.py:1313",
+        exit="SGLang leaves such calls out itself",
+    ),
+    Patch(
         target=(
             "sglang.srt.entrypoints.openai.serving_chat:"
             "OpenAIServingChat._patch_reasoning_skip_special_tokens"
@@ -250,6 +259,15 @@ PATCHES: tuple[Patch, ...] = (
         how="switches strict thinking on for the objects of grammars, not for other requests",
         upstream="srt/constrained/reasoner_grammar_backend.py:442",
         exit="with the entry above",
+    ),
+    Patch(
+        target="sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat._process_messages",
+        replacement="sglang_minimax.patches.thinking_grammar:begin_behind_a_finished_thought",
+        scope=Scope.MODEL,
+        why="a grammar waits for the end of a thought that the message to be continued has ended",
+        how="has it begin at once then, for minimax replies",
+        upstream="srt/entrypoints/openai/serving_chat.py:1978",
+        exit="SGLang looks at a continued message before it says that the reply thinks first",
     ),
 )
 

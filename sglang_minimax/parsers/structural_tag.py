@@ -16,8 +16,12 @@ cannot be said:
 * A string never holds `</parameter>`: the tag ends it. Limits of its length up to 64 are enforced;
   with `<` it may be half as long. A `pattern` that could match `<` is not enforced, nor is `not`,
   `if` or anything else that xgrammar does not know.
+* Of `format`, `pattern` and limits of lengths one is enforced: the first that can be.
+* An additional parameter may have the name of a declared one, and then any additional value.
+* References and alternatives are followed up to 5,000 times for a tool; behind that any text goes.
 * A parameter or tool whose name does not fit between quotes on one line is left out.
-* A schema that xgrammar cannot compile is refused with status 400 by SGLang.
+* A schema that xgrammar cannot compile, or that cannot be written down, is refused with status 400
+  by SGLang.
 
 xgrammar's classes, no SGLang.
 """
@@ -54,8 +58,9 @@ from sglang_minimax.parsers.markup import (
     PARAMETER_OPEN,
     THINK_CLOSE,
 )
-from sglang_minimax.parsers.schema import DEEPEST
+from sglang_minimax.parsers.schema_parts import Schema, listed, mapped
 from sglang_minimax.parsers.tool_calls import LONGEST_NAME
+from sglang_minimax.parsers.tool_schema import Root, merged, resolved, types_of
 
 # Enough for an object that is printed with indentation; without a limit a model can write blanks
 # until it is cut off.
@@ -63,17 +68,11 @@ _MOST_WHITE_SPACE = 24
 # Greater limits of lengths are not enforced: a token costs time in proportion (8 ms at 1000).
 _LONGEST_COUNTED = 64
 
-# Of one tool's schema; all that a person writes has fewer alternatives.
-_MOST_STEPS = 1000
-_WHOLE = "tool"
-
 _TEXT = AnyTextFormat(excludes=[PARAMETER_CLOSE])
 _END_OF_VALUE = PARAMETER_CLOSE + "\n"
 _ANY_NAME = RegexFormat(pattern=r"[a-zA-Z_][a-zA-Z0-9_.\-]{0,63}")
 # `</think>\n\n` precedes a reply; the published template has one more line break before a block.
 _LINE_BREAKS = RegexFormat(pattern=r"\n{0,3}")
-
-Schema = Mapping[str, Any]
 
 
 class Function(NamedTuple):
@@ -98,6 +97,11 @@ def strict(functions: Iterable[Function], *, only_one: bool, with_thought: bool)
     block = TagFormat(begin=BLOCK_OPEN + "\n", content=_calls(functions, only_one), end=BLOCK_CLOSE)
     text = TriggeredTagsFormat(triggers=[BLOCK_OPEN], tags=[block], stop_after_first=only_one)
     return _tag([*_thought(with_thought), text])
+
+
+def refused() -> StructuralTag:
+    """What no grammar can be made of: SGLang refuses the request, as it should."""
+    return StructuralTag(format=OrFormat(elements=[]))
 
 
 def _tag(parts: Sequence[Format]) -> StructuralTag:
@@ -126,22 +130,22 @@ def _call(function: Function) -> Format:
 
 
 def _parameters(schema: Any) -> list[Format]:
-    root = _Root(schema if isinstance(schema, Mapping) else {})
-    return _properties(_resolved(root.schema, root), root, 0)
+    root = Root(schema if isinstance(schema, Mapping) else {})
+    return _properties(resolved(root.schema, root), root, 0)
 
 
-def _properties(schema: Schema, root: _Root, depth: int) -> list[Format]:
+def _properties(schema: Schema, root: Root, depth: int) -> list[Format]:
     """The parameters of one call, one after the other."""
     for keyword in ("anyOf", "oneOf"):
-        branches = [each for each in _list(schema, keyword) if isinstance(each, Mapping)]
+        branches = [each for each in listed(schema, keyword) if isinstance(each, Mapping)]
         if branches and not root.is_too_much(depth):
             base = {key: value for key, value in schema.items() if key != keyword}
-            merged = [_merged([base, _resolved(each, root)]) for each in branches]
-            choices = [_properties(each, root, depth + 1) for each in merged]
+            wholes = [merged([base, resolved(each, root)]) for each in branches]
+            choices = [_properties(each, root, depth + 1) for each in wholes]
             return [_either([_sequence(each) for each in choices])]
-    required = _list(schema, "required")
+    required = {name for name in listed(schema, "required") if isinstance(name, str)}
     found: list[Format] = []
-    for name, value in _mapping(schema, "properties").items():
+    for name, value in mapped(schema, "properties").items():
         if not _is_name(name) or value is False:
             continue
         parameter = _named(_const(name), _value(value, root))
@@ -163,7 +167,7 @@ def _is_name(name: Any) -> bool:
     return (
         isinstance(name, str)
         and name == name.strip() != ""
-        and not re.search(r'[\n\x00\ud800-\udfff]|">', name)
+        and not re.search(r'[\n\x00\ud800-\udfff]|"\s*>', name)
         and len(name) + len('"">') <= LONGEST_NAME
     )
 
@@ -171,18 +175,20 @@ def _is_name(name: Any) -> bool:
 # --- values ----------------------------------------------------------------------------------
 
 
-def _value(schema: Any, root: _Root, depth: int = 0) -> Format:
+def _value(schema: Any, root: Root, depth: int = 0) -> Format:
     """One value: strings bare, everything else as JSON."""
-    if not isinstance(schema, Mapping) or root.is_too_much(depth):
+    if not isinstance(schema, Mapping):
         return _TEXT
-    schema = _resolved(schema, root)
-    literals = [*_list(schema, "enum"), *([schema["const"]] if "const" in schema else [])]
+    schema = resolved(schema, root)
+    literals = [*listed(schema, "enum"), *([schema["const"]] if "const" in schema else [])]
     if literals:
         return _either([_const(_written(each)) for each in literals])
     for keyword in ("anyOf", "oneOf"):
-        if choices := _list(schema, keyword):
+        if choices := listed(schema, keyword):
+            if root.is_too_much(depth):
+                return _TEXT
             return _any_of([_value(each, root, depth + 1) for each in choices])
-    types = _types(schema)
+    types = types_of(schema)
     if "string" not in types:
         return _json(schema, root)
     string = _string(schema)
@@ -199,19 +205,41 @@ def _any_of(choices: list[Format]) -> Format:
     return _TEXT if _TEXT in choices else _either(choices)
 
 
-def _json(schema: Schema, root: _Root) -> Format:
+def _json(schema: Schema, root: Root) -> Format:
     return JSONSchemaFormat(
         json_schema=root.with_definitions(schema), max_whitespace_cnt=_MOST_WHITE_SPACE
     )
 
 
+# The formats for which xgrammar has a rule, and a rule that has no `<`.
+_FORMATS = (
+    *("date", "time", "date-time", "duration", "uuid"),
+    *("uri", "uri-reference", "uri-template", "hostname", "ipv4", "ipv6"),
+)
+# For these it has one with `<`, and so with closing tags; its addresses may have quotes.
+_WORD, _LABEL = r"[a-zA-Z0-9!#$%&'*+/=?^_`{|}~\-]+", r"[a-zA-Z0-9]([a-zA-Z0-9\-]*[a-zA-Z0-9])?"
+_POINTER = "(/([^<~/]|~[01])*)*"
+_PATTERN_OF_FORMAT = {
+    "email": rf"^{_WORD}(\.{_WORD})*@{_LABEL}(\.{_LABEL})*$",
+    "json-pointer": f"^{_POINTER}$",
+    "relative-json-pointer": f"^(0|[1-9][0-9]*)(#|{_POINTER})$",
+}
+
+
 def _string(schema: Schema) -> Format:
-    pattern = schema.get("pattern")
-    if "format" in schema or (isinstance(pattern, str) and not _may_match_markup(pattern)):
-        wanted = {key: schema[key] for key in ("pattern", "format") if key in schema}
-        return JSONSchemaFormat(json_schema={"type": "string", **wanted}, style="minimax_xml")
+    kind, pattern = str(schema.get("format")), schema.get("pattern")
+    if kind in _FORMATS:
+        return _bare_string("format", kind)
+    if kind in _PATTERN_OF_FORMAT:
+        return _bare_string("pattern", _PATTERN_OF_FORMAT[kind])
+    if isinstance(pattern, str) and not _may_match_markup(pattern):
+        return _bare_string("pattern", pattern)
     least, most = (_count(schema, key) for key in ("minLength", "maxLength"))
     return _counted(least or 0, most)
+
+
+def _bare_string(keyword: str, value: str) -> Format:
+    return JSONSchemaFormat(json_schema={"type": "string", keyword: value}, style="minimax_xml")
 
 
 def _counted(least: int, most: int | None) -> Format:
@@ -220,6 +248,8 @@ def _counted(least: int, most: int | None) -> Format:
     Not by AnyTextFormat's `max_chars`: its mask allows bytes that it then does not accept, which
     ends the request.
     """
+    if most is None and not least:
+        return _TEXT
     # One character or two; so half as many fit.
     with_tags = "(?:[^<]|<[^/<])"
     if most is None:
@@ -237,115 +267,26 @@ def _count(schema: Schema, keyword: str) -> int | None:
     return value if 0 <= value <= _LONGEST_COUNTED else None
 
 
-_CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]")
+# One after the other: what is escaped, a class of characters, or a character.
+_PIECE = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|.", re.DOTALL)
+# Classes, numbers of characters, and the character itself.
+_ESCAPES_OF_MARKUP = re.compile(r"\\[DSWPpux0-9<]")
 
 
 def _may_match_markup(pattern: str) -> bool:
     """Whether a regular expression may match `<`, which could begin a closing tag."""
+    return any(_piece_may_match_markup(piece) for piece in _PIECE.findall(pattern))
+
+
+def _piece_may_match_markup(piece: str) -> bool:
+    if piece.startswith("\\"):
+        return bool(_ESCAPES_OF_MARKUP.match(piece))
+    if len(piece) == 1:
+        return piece in ".<"
     try:
-        if any(re.match(each, "<") for each in _CLASS.findall(pattern)):
-            return True
+        return bool(re.match(piece, "<"))
     except re.error:
         return True
-    return bool(re.search(r"(?<!\\)\.|<|\\[DSWPux]", _CLASS.sub("", pattern)))
-
-
-# --- schemas ---------------------------------------------------------------------------------
-
-_KEYWORDS_OF = {
-    "object": ("properties", "additionalProperties", "patternProperties"),
-    "array": ("items", "prefixItems"),
-    "string": ("pattern", "format", "minLength", "maxLength"),
-    "number": ("minimum", "maximum", "multipleOf", "exclusiveMinimum", "exclusiveMaximum"),
-}
-_ALL = ("string", "number", "boolean", "null", "object", "array")
-
-
-def _types(schema: Schema) -> Sequence[str]:
-    """The types that the schema names, or that its other keywords are about."""
-    named = schema.get("type")
-    named = [named] if isinstance(named, str) else _list(schema, "type")
-    if types := [each.lower() for each in named if isinstance(each, str)]:
-        return types
-    return [
-        kind for kind, keywords in _KEYWORDS_OF.items() if any(key in schema for key in keywords)
-    ] or _ALL
-
-
-class _Root:
-    """The whole schema of one tool, which its parts refer to."""
-
-    def __init__(self, schema: Schema) -> None:
-        self.schema = schema
-        self._steps = 0
-
-    def is_too_much(self, depth: int) -> bool:
-        """Stops a schema that refers to itself more than once, which would take for ever."""
-        self._steps += 1
-        return depth > DEEPEST or self._steps > _MOST_STEPS
-
-    def target(self, reference: Any) -> Schema:
-        """What a JSON pointer names, an empty schema for any other reference."""
-        found: Any = self.schema if str(reference).startswith("#") else None
-        for part in str(reference)[1:].split("/")[1:]:
-            key = part.replace("~1", "/").replace("~0", "~")
-            found = found.get(key) if isinstance(found, Mapping) else None
-        return found if isinstance(found, Mapping) else {}
-
-    def with_definitions(self, part: Schema) -> dict[str, Any]:
-        """The part as a schema of its own: what it refers to comes along, one level deeper."""
-        moved = _rebased(part)
-        return dict(part) if moved == part else {**moved, "$defs": {_WHOLE: _rebased(self.schema)}}
-
-
-def _rebased(node: Any) -> Any:
-    if isinstance(node, (list, tuple)):
-        return [_rebased(each) for each in node]
-    if not isinstance(node, Mapping):
-        return node
-    moved = {key: _rebased(value) for key, value in node.items()}
-    reference = node.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
-        moved["$ref"] = f"#/$defs/{_WHOLE}{reference[1:]}"
-    return moved
-
-
-def _resolved(schema: Schema, root: _Root) -> Schema:
-    """The schema without `$ref` and `allOf` at its top."""
-    for _ in range(DEEPEST):
-        parts = [each for each in _list(schema, "allOf") if isinstance(each, Mapping)]
-        if "$ref" in schema:
-            parts.append(root.target(schema["$ref"]))
-        if not parts:
-            return schema
-        rest = {key: value for key, value in schema.items() if key not in ("$ref", "allOf")}
-        schema = _merged([*parts, rest])
-    return {}
-
-
-def _merged(schemas: Iterable[Schema]) -> dict[str, Any]:
-    """All hold: properties and required names come together, for the rest the last one counts."""
-    total: dict[str, Any] = {}
-    for each in schemas:
-        properties = {**_mapping(total, "properties"), **_mapping(each, "properties")}
-        names = [*_list(total, "required"), *_list(each, "required")]
-        required = list(dict.fromkeys(name for name in names if isinstance(name, str)))
-        total.update(each)
-        if properties:
-            total["properties"] = properties
-        if required:
-            total["required"] = required
-    return total
-
-
-def _list(schema: Schema, keyword: str) -> list[Any]:
-    value = schema.get(keyword)
-    return list(value) if isinstance(value, (list, tuple)) else []
-
-
-def _mapping(schema: Schema, keyword: str) -> Schema:
-    value = schema.get(keyword)
-    return value if isinstance(value, Mapping) else {}
 
 
 # --- formats ---------------------------------------------------------------------------------

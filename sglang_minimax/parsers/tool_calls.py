@@ -32,6 +32,9 @@ from sglang_minimax.parsers.values import Value, escaped
 LONGEST_NAME = 256
 _LINE = "\n"
 _WHITE = re.compile(r"\s*")
+# Behind `name=`. What ends a name is its quote with a `>` behind it, so it may hold both.
+_NAME = re.compile(r"""[^\S\n]*(?:"([^\n]*?)"|'([^\n]*?)'|([^\s<>"']+))[^\S\n]*>""")
+_BEGINNING_OF_NAME = re.compile(r"""[^\S\n]*(?:["'][^\n]*|[^\s<>"']*[^\S\n]*)""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +96,17 @@ class ToolCallParser:
     def finish(self) -> list[Event]:
         """The reply has ended. Returns what was held back, and the end of a call that was cut off.
 
-        A beginning of a tag is text outside of blocks, and part of no call inside of one.
+        A beginning of a tag is text outside of blocks, and behind other text inside of one. Else
+        it is part of no call, and left out.
         """
+        is_text = self._step == self._outside or self._stray.seen
+        if self._call is not None and self._step == self._after_value:
+            self._argument(self._call.end_value())
+        elif is_text and self._step != self._in_value:
+            tags = {self._invoke_name: INVOKE_OPEN, self._parameter_name: PARAMETER_OPEN}
+            self._text(tags.get(self._step, "") + self._rest[self._at :])
         if self._call is not None:
-            if self._step == self._after_value:
-                self._argument(self._call.end_value())
             self._end_call(complete=False)
-        elif self._step == self._outside or self._stray.is_literal:
-            tag = INVOKE_OPEN if self._step == self._invoke_name else ""
-            self._text(tag + self._rest[self._at :])
         self._rest, self._at, self._step = "", 0, self._outside
         return self._taken()
 
@@ -212,18 +217,14 @@ class ToolCallParser:
             self._text(self._stray.take(self._upto(found + 1)))
 
     def _name(self, tag: str, begin: Callable[[str], None], otherwise: Callable[[], bool]) -> bool:
-        """The name that an opening tag gives, in quotes; where there is none, the tag was text."""
+        """The name that an opening tag gives; where there is none, the tag was text."""
         window = self._rest[self._at : self._at + LONGEST_NAME]
-        if not window:
+        found = _NAME.match(window)
+        if found is None and len(window) < LONGEST_NAME and _BEGINNING_OF_NAME.fullmatch(window):
             return False
-        quote = window[0] if window[0] in "\"'" else ""
-        end = window.find(quote + ">", len(quote))
-        line = window.find(_LINE)
-        if end < 0 and line < 0 and len(window) < LONGEST_NAME:
-            return False
-        name = window[len(quote) : end].strip() if end >= 0 and not 0 <= line < end else ""
-        if name:
-            self._at += end + len(quote) + 1
+        name = (found[found.lastindex or 0] if found else "").strip()
+        if found and name:
+            self._at += found.end()
             begin(name)
         else:
             self._text(self._stray.take(tag))
@@ -283,17 +284,17 @@ class _Stray:
         """opening: the block's opening tag, where nothing has followed it yet."""
         self._opening = opening
         self._white: list[str] = []
-        self._seen = False
+        self.seen = False
         self.is_literal = False
 
     def take(self, text: str) -> str:
         """More text. Returns what of it, and of what was held back, is text of the reply."""
-        if not self._seen and (not text or text.isspace()):
+        if not self.seen and (not text or text.isspace()):
             self._white.append(text)
             return ""
-        if self._seen:
+        if self.seen:
             return text
-        self._seen = True
+        self.seen = True
         self.is_literal = self.is_literal or bool(self._opening)
         opening, self._opening = self._opening, ""
         return opening + self.white() + text

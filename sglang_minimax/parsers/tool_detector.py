@@ -6,6 +6,7 @@ parser at once, so both ways give the same result.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -16,7 +17,14 @@ from sglang.srt.function_call.core_types import StreamingParseResult, ToolCallIt
 from sglang.srt.runtime_context import get_context
 
 from sglang_minimax.parsers.markup import BLOCK_CLOSE, BLOCK_OPEN
-from sglang_minimax.parsers.tool_calls import CallBegins, CallEnds, Event, Text, ToolCallParser
+from sglang_minimax.parsers.tool_calls import (
+    Arguments,
+    CallBegins,
+    CallEnds,
+    Event,
+    Text,
+    ToolCallParser,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,22 +48,16 @@ class MinimaxM2Detector(BaseFormatDetector):
     def detect_and_parse(self, text: str, tools: list[Tool]) -> StreamingParseResult:
         """A whole reply: its text and its calls, each with all of its arguments."""
         parser = self._started(tools)
-        result = self._result([*parser.feed(text), *parser.finish()])
-        whole: dict[int, ToolCallItem] = {}
-        for item in result.calls:
-            if item.tool_index in whole:
-                whole[item.tool_index].parameters += item.parameters
-            else:
-                whole[item.tool_index] = item
-        return StreamingParseResult(normal_text=result.normal_text, calls=list(whole.values()))
+        found = self._gathered([*parser.feed(text), *parser.finish()])
+        return found.result(whole=True)
 
     def parse_streaming_increment(self, new_text: str, tools: list[Tool]) -> StreamingParseResult:
         """More of a reply."""
-        return self._result((self._parser or self._started(tools)).feed(new_text))
+        return self._gathered((self._parser or self._started(tools)).feed(new_text)).result()
 
     def finish(self, tools: list[Tool]) -> StreamingParseResult:
         """The reply has ended."""
-        return self._result((self._parser or self._started(tools)).finish())
+        return self._gathered((self._parser or self._started(tools)).finish()).result()
 
     def get_structural_tag(
         self,
@@ -66,7 +68,8 @@ class MinimaxM2Detector(BaseFormatDetector):
     ) -> Any:
         """Calls in the model's own format, as forced or strict tools have them; see the module.
 
-        None where the grammar backend cannot have it; SGLang then forces calls as JSON.
+        None where the grammar backend cannot have it; SGLang then forces calls as JSON. So it would
+        after an exception, and our parser would be given that JSON.
         """
         if not self.supports_structural_tag():
             return None
@@ -84,12 +87,19 @@ class MinimaxM2Detector(BaseFormatDetector):
             if named is None or tool.function.name == named
         ]
         build = structural_tag.forced if is_forced else structural_tag.strict
-        return build(
-            functions,
-            only_one=named is not None or not parallel_tool_calls,
-            # SGLang keeps the thought out of grammars where it has a parser for it.
-            with_thought=thinking_mode or not _setting("serving", "reasoning_parser"),
-        )
+        try:
+            tag = build(
+                functions,
+                only_one=named is not None or not parallel_tool_calls,
+                # SGLang keeps the thought out of grammars where it has a parser for it. Without
+                # one, a message to be continued must not be behind its thought: nobody tells us.
+                with_thought=thinking_mode or not _setting("serving", "reasoning_parser"),
+            )
+            json.dumps(tag.model_dump(by_alias=True))  # as SGLang will
+        except Exception as error:  # too deep, too long a number: the request must be refused
+            logger.warning("The schemas of the tools have no grammar: %s", error)
+            return structural_tag.refused()
+        return tag
 
     def supports_structural_tag(self) -> bool:
         """Whether forced calls come in the model's own format; SGLang parses them accordingly."""
@@ -108,27 +118,52 @@ class MinimaxM2Detector(BaseFormatDetector):
         self._parser = ToolCallParser(schemas)
         return self._parser
 
-    def _result(self, events: Iterable[Event]) -> StreamingParseResult:
-        text: list[str] = []
-        calls: list[ToolCallItem] = []
+    def _gathered(self, events: Iterable[Event]) -> _Gathered:
+        found = _Gathered()
         for event in events:
             if isinstance(event, Text):
-                text.append(event.text)
+                found.text.append(event.text)
             elif isinstance(event, CallBegins):
-                calls.append(self._call(event))
+                self._warn_of_unknown(event.name)
+                # Until it ends: an aborted stream never asks for the end.
+                self.incomplete_tool_call_indices.add(event.index)
+                found.calls.append((event.index, event.name, []))
             elif isinstance(event, CallEnds):
-                if not event.complete:
-                    self.incomplete_tool_call_indices.add(event.index)
-            elif calls and calls[-1].tool_index == event.index and not calls[-1].name:
-                calls[-1].parameters += event.json
+                if event.complete:
+                    self.incomplete_tool_call_indices.discard(event.index)
             else:
-                calls.append(ToolCallItem(tool_index=event.index, parameters=event.json))
-        return StreamingParseResult(normal_text="".join(text), calls=calls)
+                found.add(event)
+        return found
 
-    def _call(self, event: CallBegins) -> ToolCallItem:
-        if event.name not in self._names:
-            logger.warning("The model calls %r, which the request does not declare", event.name)
-        return ToolCallItem(tool_index=event.index, name=event.name, parameters="")
+    def _warn_of_unknown(self, name: str) -> None:
+        if name not in self._names:
+            logger.warning("The model calls %r, which the request does not declare", name)
+
+
+class _Gathered:
+    """What some events say; pieces of arguments are joined once."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.calls: list[tuple[int, str | None, list[str]]] = []
+
+    def add(self, event: Arguments) -> None:
+        """More arguments, of the call that has just begun or of one before."""
+        if not self.calls or self.calls[-1][0] != event.index:
+            self.calls.append((event.index, None, []))
+        self.calls[-1][2].append(event.json)
+
+    def result(self, *, whole: bool = False) -> StreamingParseResult:
+        """As SGLang takes it. whole: name and arguments in one item, else the name comes first."""
+        items = []
+        for index, name, pieces in self.calls:
+            arguments = "".join(pieces)
+            if name is not None and not whole:
+                items.append(ToolCallItem(tool_index=index, name=name, parameters=""))
+                name = None
+            if name is not None or arguments:
+                items.append(ToolCallItem(tool_index=index, name=name, parameters=arguments))
+        return StreamingParseResult(normal_text="".join(self.text), calls=items)
 
 
 def _setting(namespace: str, name: str) -> Any:

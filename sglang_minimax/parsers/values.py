@@ -11,6 +11,7 @@ Rules, in this order, for the whole text:
 3. Without the white space around it, it is JSON of an allowed type: that JSON, as it was written.
    `2.0` fits an integer, as `2`. Where no string is allowed, Python's `True`, `False` and `None`
    are taken as well; they can mean nothing else.
+   It is none where objects and arrays are nested deeper than `MOST_NESTED`.
 4. Otherwise it is a string, also where the schema allows none: nothing is dropped or guessed.
 
 The chat template writes strings bare and everything else as JSON, which these rules turn around.
@@ -35,12 +36,15 @@ from sglang_minimax.parsers.schema import (
     Allowed,
 )
 
+# Of objects and arrays in one another. What json.loads takes depends on the caller's stack, and
+# what a value becomes must not.
+MOST_NESTED = 200
+
 _WHITE = " \t\r\n"
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _INTEGER = re.compile(r"(-?(?:0|[1-9][0-9]*))(?:\.0+)?")
 _NUMERAL = frozenset("0123456789+-.eE" + _WHITE)
 _WORDS = {"true": BOOLEAN, "false": BOOLEAN, "null": NULL}
-_LONGEST_WORD = max(map(len, _WORDS))
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 # What JSON does not allow inside a string, and lone surrogates, which UTF-8 does not know.
@@ -48,6 +52,7 @@ _UNSAFE = re.compile(r'[\x00-\x1f"\\\ud800-\udfff]')
 _UNSAFE_IN_JSON = re.compile(r"[\x00-\x1f\ud800-\udfff]")
 # A string of JSON, or the beginning of one: there is always a match, so no text is read twice.
 _STRING = re.compile(r'"(?:[^"\\]|\\[^\x00-\x1f\ud800-\udfff])*+"?')
+_BRACKET = re.compile(r"[\[\]{}]")
 _SHORT = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\b": "\\b", "\f": "\\f"}
 
 
@@ -86,12 +91,24 @@ def _container(text: str) -> str | None:
     None if it is not JSON then.
     """
     mended = _STRING.sub(_mended, text) if _UNSAFE_IN_JSON.search(text) else text
+    if _is_nested_too_deep(mended):
+        return None
     try:
         # Numbers are not converted: they may have any number of digits.
         json.loads(mended, parse_int=str, parse_float=str, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
     return mended
+
+
+def _is_nested_too_deep(text: str) -> bool:
+    """Exact for JSON; what is none may be counted wrong, and is refused either way."""
+    depth = 0
+    for bracket in _BRACKET.finditer(_STRING.sub("", text)):
+        depth += 1 if bracket.group() in "[{" else -1
+        if depth > MOST_NESTED:
+            return True
+    return False
 
 
 def _mended(string: re.Match[str]) -> str:

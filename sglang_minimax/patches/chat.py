@@ -41,6 +41,26 @@ def _is_json(text: str | None) -> bool:
     return True
 
 
+def leave_cut_calls_out(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `AnthropicServing._convert_response(response)`.
+
+    A call that was cut off has no JSON for a `tool_use` block, and SGLang makes its input `{}`: a
+    client would run the tool without arguments. The stop reason says that the reply was cut.
+    """
+
+    @functools.wraps(original)
+    def _convert_response(self: Any, response: Any) -> Any:
+        if self.openai_serving_chat.tool_call_parser == TOOL_CALL_NAME and response.choices:
+            message = response.choices[0].message
+            calls = message.tool_calls or []
+            whole = [call for call in calls if _is_json(call.function.arguments)]
+            if len(whole) < len(calls):
+                message.tool_calls = whole or None
+        return original(self, response)
+
+    return _convert_response
+
+
 def keep_tags_in_the_text(original: Callable[..., None]) -> Callable[..., None]:
     """Wrap `OpenAIServingChat._patch_reasoning_skip_special_tokens(request)`.
 

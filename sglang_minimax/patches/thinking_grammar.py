@@ -6,6 +6,9 @@ request with a grammar thinks, those tokens are not to be had; the model has to 
 
 `--enable-strict-thinking` does so too, but for all requests. Here it is switched on for the objects
 of one grammar: its copies, batches and rollbacks are then SGLang's own.
+
+Where a message to be continued has ended its thought, there is none to wait for. SGLang takes all
+that follows for one; the grammar would never begin, and the reply could not end.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sglang_minimax.parsers.markup import BLOCK_OPEN
+from sglang_minimax.parsers.markup import BLOCK_OPEN, THINK_CLOSE
+from sglang_minimax.patches.parsers import REASONING_NAMES
 
 _ENDS = "_minimax_ends_of_a_reply"
 
@@ -55,6 +59,28 @@ def keep_them_from_thoughts(original: Callable[..., Any]) -> Callable[..., Any]:
         return made
 
     return _make_grammar_object
+
+
+def begin_behind_a_finished_thought(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `OpenAIServingChat._process_messages(request, is_multimodal, *, ...)`."""
+
+    @functools.wraps(original)
+    def _process_messages(self: Any, request: Any, *rest: Any, **named: Any) -> Any:
+        result = original(self, request, *rest, **named)
+        if self.reasoning_parser in REASONING_NAMES and _continues_an_answer(request):
+            result.require_reasoning = False
+        return result
+
+    return _process_messages
+
+
+def _continues_an_answer(request: Any) -> bool:
+    if not request.continue_final_message or not request.messages:
+        return False
+    last = request.messages[-1]
+    return (
+        last.role == "assistant" and isinstance(last.content, str) and THINK_CLOSE in last.content
+    )
 
 
 def ends_of_a_reply(tokenizer: Any) -> list[int]:

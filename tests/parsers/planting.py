@@ -16,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 
 import sglang_minimax.parsers
 from tests.parsers.replies import (
+    CLOSE,
     OPEN,
     Call,
     Reply,
@@ -29,7 +30,7 @@ from tests.parsers.replies import (
 
 FOLDER = Path(sglang_minimax.parsers.__file__).parent
 PACKAGE = "planted_parsers"
-MODULES = ("markup", "schema", "values", "tool_calls", "reasoning")
+MODULES = ("markup", "schema_parts", "schema", "values", "tool_calls", "reasoning")
 Parsers = SimpleNamespace  # with `tool_calls` and `reasoning`
 
 
@@ -65,7 +66,13 @@ TOOLS = {
         e={"enum": ["1", 1]},
         w={"type": ["string", "boolean"]},
         b={"type": "boolean"},
+        r={"$ref": "#/$defs/a%20text"},
     )
+    | {
+        "$defs": {"a text": {"type": "string"}},
+        "anyOf": [{"properties": {"x": {"type": "string"}}}, {"properties": {"y": {}}}],
+        "patternProperties": {"^p_": {"type": "string"}},
+    }
 }
 
 
@@ -86,10 +93,10 @@ def value_becomes(name: str, text: str, expected: str) -> Callable[[Parsers], No
 
 
 def reply_becomes(
-    text: str, left: str, *calls: str, complete: bool = True
+    text: str, left: str, *calls: str, complete: bool = True, name: str = "f"
 ) -> Callable[[Parsers], None]:
     def check(parsers: Parsers) -> None:
-        agrees(parsers, text, Reply(left, [Call("f", each, complete) for each in calls]))
+        agrees(parsers, text, Reply(left, [Call(name, each, complete) for each in calls]))
 
     return check
 
@@ -138,17 +145,27 @@ def reads_once(parsers: Parsers) -> None:
     parse(wire(("f", {"s": "x"})), {"f": tool}, parsers.tool_calls)
 
 
+def limits_nesting(parsers: Parsers) -> None:
+    """What is nested as deep as the limit is JSON, and what is nested deeper is not."""
+    within, beyond = ("[" * depth + "]" * depth for depth in (200, 201))
+    for text, expected in ((within, within), (beyond, f'"{beyond}"')):
+        (call,) = parse(wire(("f", {"l": text})), LISTS, parsers.tool_calls).calls
+        assert call.arguments == f'{{"l": {expected}}}', "nesting is not limited"
+
+
 def keeps_long_numbers(parsers: Parsers) -> None:
     given = '{"a": 1' + "0" * 5000 + "}"
     (call,) = parse(wire(("f", {"o": given})), TOOLS, parsers.tool_calls).calls
     assert call.arguments == f'{{"o": {given}}}', "a long number is a string"
 
 
+LISTS = {"f": schema(l={"type": "array"})}
 CALL = wire(("f", {}))
 TEXT = reply_becomes(f"a < b\n\n{CALL}\nc <minimax:x", "a < b\n\nc <minimax:x", "{}")
 TWO_BLOCKS = reply_becomes(f"a{CALL}b{CALL}c", "abc", "{}", "{}")
 CLOSING = value_becomes("s", "a</parameter>b", '"a</parameter>b"')
 ENDS = reply_becomes("a\n<minimax:tool", "a\n<minimax:tool")
+CUT_TEXT = reply_becomes(f"{CALL.removesuffix(CLOSE)}a <inv", "\na <inv", "{}")
 CUT = reply_becomes(f'{OPEN}<invoke name="f"><parameter name="n">12', "", "", complete=False)
 JUMP = thoughts_become(f"a\n{OPEN}b</think>c", "a", f"\n{OPEN}b</think>c")
 THINK = thoughts_become("<think>\na <tool_call>\n</think>\n\nb", "a <tool_call>", "b")

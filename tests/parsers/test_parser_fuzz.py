@@ -123,7 +123,7 @@ def test_hard_values(name, kind):
     if given[:-1] != text:
         read = json.loads(given[:-1], parse_int=str, parse_constant=_no_constant)
         if isinstance(read, str):
-            assert read == text or (kind, text) == ("number", read)
+            assert read == text
         else:
             assert json.loads(text, strict=False, parse_int=str) == read
 
@@ -242,7 +242,11 @@ def test_time_of_half_a_megabyte_grows_as_the_length(name):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_no_buffer_grows_that_is_looked_at_again(name):
-    """What is quadratic for a long text of small pieces, without a clock."""
+    """What is quadratic for a long text of small pieces, without a clock.
+
+    Lists of pieces are not looked at here: they grow with what is held back (a value, white space),
+    nothing but their last piece is ever read, and they are joined once. The clock sees those.
+    """
     reasoning, calls = ReasoningParser(), ToolCallParser(TOOLS)
     for piece in every(SHAPES[name](4000), 4):
         parts = reasoning.feed(piece)

@@ -7,8 +7,10 @@ import re
 import pytest
 
 from tests.parsers.planting import (
+    CALL,
     CLOSING,
     CUT,
+    CUT_TEXT,
     ENDS,
     JUMP,
     TEXT,
@@ -19,6 +21,7 @@ from tests.parsers.planting import (
     keeps_little,
     keeps_long_numbers,
     keeps_order,
+    limits_nesting,
     planted,
     reads_once,
     reply_becomes,
@@ -60,7 +63,7 @@ MISTAKES = (
     Mistake(
         "what is held back is not flushed",
         "tool_calls",
-        "            self._text(tag + self._rest[self._at :])\n",
+        '            self._text(tags.get(self._step, "") + self._rest[self._at :])\n',
         "            pass\n",
         ENDS,
     ),
@@ -132,8 +135,8 @@ MISTAKES = (
     Mistake(
         "a number that was cut off is passed on",
         "tool_calls",
-        "            if self._step == self._after_value:\n",
-        "            if self._step in (self._after_value, self._in_value):\n",
+        " and self._step == self._after_value:\n",
+        " and self._step in (self._after_value, self._in_value):\n",
         CUT,
     ),
     Mistake(
@@ -172,16 +175,58 @@ MISTAKES = (
     Mistake(
         "white space between elements is text",
         "tool_calls",
-        "        if not self._seen and (not text or text.isspace()):",
+        "        if not self.seen and (not text or text.isspace()):",
         "        if not text:",
         value_becomes("s", "a", '"a"'),
     ),
     Mistake(
         "names have to be in double quotes",
         "tool_calls",
-        'quote = window[0] if window[0] in "\\"\'" else ""',
-        "quote = '\"'",
+        """|([^\\s<>"']+))""",
+        ")",
         reply_becomes(f"{OPEN}<invoke name=f></invoke>{CLOSE}", "", "{}"),
+    ),
+    Mistake(
+        "names without quotes run to the first >",
+        "tool_calls",
+        """|([^\\s<>"']+))""",
+        "|([^>]+))",
+        reply_becomes(f"{OPEN}<invoke name={CALL}", f"{OPEN}<invoke name=", "{}"),
+    ),
+    Mistake(
+        "a name ends only where > follows its quote at once",
+        "tool_calls",
+        """|([^\\s<>"']+))[^\\S\\n]*>""",
+        """|([^\\s<>"']+))>""",
+        reply_becomes(
+            f'{OPEN}<invoke name="f" ><parameter name="s">', "", '{"s": "', complete=False
+        ),
+    ),
+    Mistake(
+        "a name ends at its first quote",
+        "tool_calls",
+        '"([^\\n]*?)"',
+        '"([^\\n"]*)"',
+        reply_becomes(f'{OPEN}<invoke name="a"b"></invoke>{CLOSE}', "", "{}", name='a"b'),
+    ),
+    Mistake(
+        "a beginning of a tag behind text in a block is dropped",
+        "tool_calls",
+        "        is_text = self._step == self._outside or self._stray.seen\n",
+        "        is_text = self._step == self._outside or self._stray.is_literal\n",
+        CUT_TEXT,
+    ),
+    Mistake(
+        "what is held back of a value is text",
+        "tool_calls",
+        "        elif is_text and self._step != self._in_value:\n",
+        "        elif is_text:\n",
+        reply_becomes(
+            f'{OPEN}<invoke name="f">a <parameter name="s">b</par',
+            "a ",
+            '{"s": "b',
+            complete=False,
+        ),
     ),
     Mistake(
         "keys by a set",
@@ -305,6 +350,48 @@ MISTAKES = (
         reply_becomes(
             f'{OPEN}<invoke name="f"><parameter name="w">t r', "", '{"w": "t r', complete=False
         ),
+    ),
+    Mistake(
+        "nesting is as deep as the stack allows",
+        "values",
+        "    if _is_nested_too_deep(mended):\n        return None\n",
+        "",
+        limits_nesting,
+    ),
+    Mistake(
+        "brackets in strings are nesting",
+        "values",
+        '_STRING.sub("", text)',
+        "text",
+        value_becomes("o", '{"a": "' + "[" * 201 + '"}', '{"a": "' + "[" * 201 + '"}'),
+    ),
+    Mistake(
+        "branches of the root say nothing",
+        "schema",
+        'for keyword in ("anyOf", "oneOf"))\n',
+        "for keyword in ())\n",
+        value_becomes("x", "null", '"null"'),
+    ),
+    Mistake(
+        "a branch that does not describe a parameter leaves it open",
+        "schema",
+        "[each for each in said if each is not None]",
+        "[each or ANYTHING for each in said]",
+        value_becomes("x", "5", '"5"'),
+    ),
+    Mistake(
+        "patterns of names say nothing",
+        "schema",
+        'mapped(schema, "patternProperties").items()',
+        "()",
+        value_becomes("p_a", "5", '"5"'),
+    ),
+    Mistake(
+        "escapes in references are not read",
+        "schema_parts",
+        "unquote(reference)",
+        "reference",
+        value_becomes("r", "5", '"5"'),
     ),
     Mistake(
         "references are followed again and again",

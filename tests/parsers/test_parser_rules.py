@@ -81,6 +81,11 @@ BLOCKS: list[tuple[str, str, list[Call]]] = [
     # The end of the block may be missing.
     (f"{OPEN}{INVOKE}{END_I}", "", [whole()]),
     (f"{OPEN}{INVOKE}{END_I}\n</minimax:to", "", [whole()]),
+    # A beginning of a tag, cut off, is text behind other text, and nothing elsewhere.
+    (f"{OPEN}{INVOKE}{END_I}\nhello <inv", "\nhello <inv", [whole()]),
+    (f"{OPEN}{INVOKE}{END_I}a<invoke name=", "a<invoke name=", [whole()]),
+    (f'{OPEN}{INVOKE}{END_I}a<invoke name="f', 'a<invoke name="f', [whole()]),
+    (f"{OPEN}{INVOKE}{END_I}a{CLOSE}{OPEN}<inv", "a", [whole()]),
     (f"{OPEN}{INVOKE}{END_I}{OPEN}{INVOKE}{END_I}{CLOSE}", "", [whole(), whole()]),
 ]
 NAMES: list[tuple[str, str, list[Call]]] = [
@@ -91,6 +96,14 @@ NAMES: list[tuple[str, str, list[Call]]] = [
     (f'{OPEN}<invoke name="it\'s">{END_I}{CLOSE}', "", [whole(name="it's")]),
     (f'{OPEN}<invoke name="名">{END_I}{CLOSE}', "", [whole(name="名")]),
     (f'{OPEN}<invoke name="nobody">{N}5{END_P}{END_I}{CLOSE}', "", [whole('{"n": 5}', "nobody")]),
+    # White space may stand around the quotes; a name ends at the first quote with a `>` behind it.
+    (f'{OPEN}<invoke name="f" >{S}1{END_P}{END_I}{CLOSE}', "", [whole('{"s": "1"}')]),
+    (f'{OPEN}<invoke name="f" >{N}1{END_P}', "", [cut_off('{"n": 1')]),
+    (f"{OPEN}<invoke name= 'f'\t>{END_I}{CLOSE}", "", [whole()]),
+    (f"{OPEN}<invoke name= f >{END_I}{CLOSE}", "", [whole()]),
+    (f'{OPEN}<invoke name="a"b">{END_I}{CLOSE}', "", [whole(name='a"b')]),
+    (f'{OPEN}<invoke name="a" b">{END_I}{CLOSE}', "", [whole(name='a" b')]),
+    (f'{OPEN}{INVOKE}<parameter name="s" >x{END_P}{END_I}', "", [whole('{"s": "x"}')]),
     # The longest name, quotes and all; and one more.
     (f"{OPEN}<invoke name={LONG}a>{END_I}{CLOSE}", "", [whole(name=LONG + "a")]),
     (
@@ -102,6 +115,12 @@ NAMES: list[tuple[str, str, list[Call]]] = [
     (f'{OPEN}<invoke name="">{CLOSE}', f'{OPEN}<invoke name="">{CLOSE}', []),
     (f'{OPEN}<invoke name=" ">{CLOSE}', f'{OPEN}<invoke name=" ">{CLOSE}', []),
     (f'{OPEN}<invoke name="f\n">{CLOSE}', f'{OPEN}<invoke name="f\n">{CLOSE}', []),
+    (f'{OPEN}<invoke name="f"\n>{CLOSE}', f'{OPEN}<invoke name="f"\n>{CLOSE}', []),
+    # One without quotes holds no `<`, no quote and no white space.
+    (f"{OPEN}<invoke name=a b>{CLOSE}", f"{OPEN}<invoke name=a b>{CLOSE}", []),
+    (f"{OPEN}<invoke name=a'b>{CLOSE}", f"{OPEN}<invoke name=a'b>{CLOSE}", []),
+    (f"{OPEN}<invoke name={wire(('f', {}))}", f"{OPEN}<invoke name=", [whole()]),
+    (f"{OPEN}<invoke name=<invoke name=f>{END_I}", f"{OPEN}<invoke name=", [whole()]),
     (f"{OPEN}\n<invoke name=>{CLOSE}", f"{OPEN}\n<invoke name=>{CLOSE}", []),
     (
         f'{OPEN}{INVOKE}<parameter name="">x{END_P}{END_I}{CLOSE}',
@@ -164,6 +183,10 @@ CUT_OFF: list[tuple[str, str, list[Call]]] = [
     (f"{OPEN}{INVOKE}", "", [cut_off()]),
     (f"{OPEN}{INVOKE}\n<param", "", [cut_off()]),
     (f'{OPEN}{INVOKE}<parameter name="s', "", [cut_off()]),
+    (f"{OPEN}{INVOKE}hm <param", "hm <param", [cut_off()]),
+    (f"{OPEN}{INVOKE}hm{S[:-2]}", f"hm{S[:-2]}", [cut_off()]),
+    (f"{OPEN}{INVOKE}hm {S}a</par", "hm ", [cut_off('{"s": "a')]),
+    (f"{OPEN}{INVOKE}hm {S}a{END_P}\n<par", "hm ", [cut_off('{"s": "a"')]),
     (f"{OPEN}{INVOKE}{S}", "", [cut_off('{"s": "')]),
     (f"{OPEN}{INVOKE}{S}a\n<", "", [cut_off('{"s": "a\\n')]),
     (f"{OPEN}{INVOKE}{S}a</parameter", "", [cut_off('{"s": "a')]),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sglang_minimax.parsers.schema import ALL, of_tool
-from sglang_minimax.parsers.values import Value, escaped
+from sglang_minimax.parsers.values import MOST_NESTED, Value, as_json, escaped
 from tests.parsers.replies import parse, same_however_cut, schema, wire
 
 ABSENT = object()
@@ -22,6 +22,7 @@ DEFINITIONS = {
     "count": {"$ref": "#/$defs/whole"},
     "whole": {"type": "integer"},
     "a/b~c": {"type": "string"},
+    "x y%": {"type": "string"},
     "loop": {"$ref": "#/$defs/loop"},
     "ping": {"$ref": "#/$defs/pong"},
     "pong": {"$ref": "#/$defs/ping"},
@@ -197,6 +198,9 @@ RULES: list[tuple[Any, str, str]] = [
     ({"$ref": "#/$defs/count"}, "5", "5"),
     ({"$ref": "#/$defs/text"}, "5", '"5"'),
     ({"$ref": "#/$defs/a~1b~0c"}, "5", '"5"'),
+    ({"$ref": "#/$defs/x%20y%25"}, "5", '"5"'),
+    ({"$ref": "#/$defs/x y%"}, "5", '"5"'),
+    ({"$ref": "#/$defs/a~1b%7E0c"}, "5", '"5"'),
     ({"$ref": "#/$defs/tree"}, "null", "null"),
     ({"$ref": "#/$defs/tree"}, '{"next": null}', '{"next": null}'),
     ({"$ref": "#/$defs/tree"}, "5", '"5"'),
@@ -268,6 +272,25 @@ def test_a_tool_without_a_schema(parameters):
         {"$ref": "#", "properties": {"p": STRING}},
         {"allOf": [{"$ref": "#"}, {"$ref": "#"}], "properties": {"p": STRING}},
         {"allOf": [{"properties": {"p": NULLABLE}}, {"properties": {"p": STRING}}]},
+        # Branches: those that describe it count.
+        {"anyOf": [{"properties": {"p": STRING}, "required": ["p"]}]},
+        {"oneOf": [{"properties": {"q": INTEGER}}, {"properties": {"p": STRING}}]},
+        {"oneOf": [{"properties": {"p": False}}, {"properties": {"p": STRING}}]},
+        {"anyOf": [{"properties": {"p": STRING}}, {"properties": {"p": BOOLEAN}}]},
+        {
+            "anyOf": [{"oneOf": [{"$ref": "#/$defs/p"}]}],
+            "$defs": {"p": {"properties": {"p": STRING}}},
+        },
+        {"allOf": [{"anyOf": [{"additionalProperties": STRING}]}], "properties": {"q": INTEGER}},
+        {"anyOf": [{"$ref": "#"}, {"properties": {"p": STRING}}]},
+        {"properties": {"p": STRING}, "anyOf": [{"properties": {"p": {}}}, {}, None]},
+        {"properties": {"p": NULLABLE}, "oneOf": [{"properties": {"p": {"enum": ["5"]}}}]},
+        # Names by pattern.
+        {"patternProperties": {"^p": STRING}},
+        {"patternProperties": {"^[a-z_][a-z0-9_]*$": STRING}, "additionalProperties": INTEGER},
+        {"patternProperties": {"^q": INTEGER, "": STRING}},
+        {"patternProperties": {"^q": INTEGER}, "additionalProperties": STRING},
+        {"patternProperties": {".": NULLABLE}, "properties": {"p": STRING}},
     ],
     ids=str,
 )
@@ -275,6 +298,40 @@ def test_where_a_parameter_may_be_described(parameters):
     before = copy.deepcopy(parameters)
     assert parse(wire(("f", {"p": "5"})), {"f": parameters}).values() == [("f", {"p": "5"})]
     assert parameters == before
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["^(p+)+$", "p{1,3}", "p|q", "(", "[z-a]", "*", "p*p*", "a" * 201, "^(?=p)", r"\bp", 5],
+)
+def test_a_pattern_that_is_not_read_may_match(pattern):
+    """It leaves all open, and is not run: some take for ever."""
+    parameters = {"patternProperties": {pattern: STRING}, "additionalProperties": STRING}
+    assert of_tool(parameters).allowed("p" * 250).types == ALL
+    both = {"anyOf": [{"patternProperties": {pattern: STRING}}, {"properties": {"p": STRING}}]}
+    assert of_tool(both).allowed("p").types == ALL
+
+
+def test_patterns_beyond_a_number_are_not_read():
+    """A request must not stop the server: to compile 10 000 takes seconds."""
+    patterns = {f"^q{n}": INTEGER for n in range(99)}
+    parameters = {
+        "patternProperties": {**patterns, "^p": STRING, **{f"r{n}": {} for n in range(9)}}
+    }
+    assert of_tool(parameters).allowed("p").types == {"string"}
+    parameters = {"patternProperties": {**patterns, "^q99": INTEGER, "^p": STRING}}
+    assert of_tool(parameters).allowed("p").types == ALL
+
+
+def test_branches_that_double_at_each_step_are_read_once():
+    choices: dict[str, Any] = {
+        str(n): {"anyOf": [{"$ref": f"#/$defs/{n + 1}"}] * 2} for n in range(29)
+    }
+    choices["29"] = {"properties": {"p": STRING}}
+    parameters = {"$defs": choices, "oneOf": [{"$ref": "#/$defs/20"}] * 2}
+    assert of_tool(parameters).allowed("p").types == {"string"}
+    choices["29"] = {"$ref": "#"}
+    assert of_tool(parameters).allowed("p").types == ALL
 
 
 @pytest.mark.parametrize("further", [True, False, None, "x"])
@@ -294,6 +351,26 @@ def test_a_schema_nested_deeper_than_anybody_reads_leaves_all_open():
     for _ in range(5000):
         deep = {"anyOf": [deep]}
     assert of_tool({"properties": {"p": deep}}).allowed("p").types == ALL
+
+
+# --- nesting ---
+
+
+def _deeper(frames: int, text: str) -> str | None:
+    return _deeper(frames - 1, text) if frames else as_json(text, of_tool({}).allowed("p"))
+
+
+@pytest.mark.parametrize("frames", [0, 50, 500])
+@pytest.mark.parametrize(("begin", "end"), [("[", "]"), ('{"[": ', "}"), ('["]", \n[0], ', "]")])
+def test_nesting_is_limited_however_deep_the_caller_is(begin, end, frames):
+    for depth in (1, MOST_NESTED - 1, MOST_NESTED, MOST_NESTED + 1, 965, 100_000):
+        text = begin * (depth - 1) + "[]" + end * (depth - 1)
+        assert _deeper(frames, text) == (text if depth <= MOST_NESTED else None)
+
+
+def test_brackets_in_strings_are_not_nested():
+    text = '{"a": "' + '[{\\"' * 500 + '", "b": "\\\\"}'
+    assert as_json(text, of_tool({}).allowed("p")) == text
 
 
 # --- while it arrives ---

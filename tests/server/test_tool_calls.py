@@ -181,18 +181,19 @@ def test_an_aborted_call_stays_a_beginning(client: Any, server: LocalServer) -> 
 
 def test_an_aborted_call_without_streaming(client: Any, server: LocalServer) -> None:
     name = uuid.uuid4().hex
-    text = block(invoke(text=CODE * 20))
+    text = block(invoke(text=CODE * 60))  # many times as long as the timer runs
     timer = threading.Timer(
-        0.7, lambda: httpx.post(f"{server.url}/abort_request", json={"rid": name})
+        3, lambda: httpx.post(f"{server.url}/abort_request", json={"rid": name})
     )
     timer.start()
-    found = start(client, text, extra_body={"rid": name}, **TOOLS).choices[0]
+    options = {"max_tokens": 3500, "extra_body": {"rid": name}}
+    found = start(client, text, **options, **TOOLS).choices[0]
     timer.join()
-    for call in found.message.tool_calls or ():
-        assert json.dumps({"text": CODE * 20}, ensure_ascii=False).startswith(
-            call.function.arguments
-        )
-    assert found.finish_reason in ("abort", "tool_calls")
+    (call,) = found.message.tool_calls
+    whole = json.dumps({"text": CODE * 60}, ensure_ascii=False)
+    assert whole.startswith(call.function.arguments)
+    assert len(call.function.arguments) < len(whole)
+    assert found.finish_reason == "abort"
 
 
 def test_the_responses_api(server: LocalServer) -> None:
@@ -224,6 +225,21 @@ def test_anthropics_messages(server: LocalServer) -> None:
     (call,) = (item for item in answer["content"] if item["type"] == "tool_use")
     assert call["name"] == "calculator"
     assert "812" in call["input"]["expression"]
+
+
+def test_anthropics_messages_leave_a_cut_call_out(server: LocalServer) -> None:
+    """A block has no room for half of a JSON; in-tree makes it a call without arguments."""
+    function = CALCULATOR["function"]
+    body = {
+        "messages": [{"role": "user", "content": DIFFERENCE}],
+        "tools": [{"name": function["name"], "input_schema": function["parameters"]}],
+    }
+    whole = post(server, "messages", {**body, "max_tokens": 256})
+    # The last few tokens are the closing tags; before them is the expression.
+    cut = post(server, "messages", {**body, "max_tokens": whole["usage"]["output_tokens"] - 8})
+    assert [item["type"] for item in whole["content"]][-1] == "tool_use"
+    assert "tool_use" not in [item["type"] for item in cut["content"]]
+    assert cut["stop_reason"] == "max_tokens"
 
 
 def post(server: LocalServer, api: str, body: dict[str, Any]) -> dict[str, Any]:

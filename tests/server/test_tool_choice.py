@@ -6,6 +6,7 @@ The grammar is SGLang's, with our structural tag; the bundled checkpoint knows o
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -127,6 +128,32 @@ def test_a_thought_cannot_go_around_the_grammar(jump: int, stream: bool, client:
     assert not jumped["calls"]
     found = reply(client, "Hello!", stream, tool_choice="required", **options)
     assert called(found, *tools)[0] == "f"
+
+
+@both_ways
+def test_a_grammar_holds_for_the_rest_of_an_answer(stream: bool, client: Any) -> None:
+    """There is no thought to wait for behind `</think>`."""
+    begun = {"role": "assistant", "content": "Easy.\n</think>\n\n"}
+    messages = [{"role": "user", "content": SUM}, begun]
+    extra = {"continue_final_message": True, "regex": "It is [0-9]{2}!"}
+    found = ask(client, messages, stream=stream, max_tokens=50, extra_body=extra)
+    rest = joined(found) if stream else whole(found)
+    assert re.fullmatch(extra["regex"], rest["content"])
+    assert (rest["finish"], rest["reasoning"]) == ("stop", "")
+
+
+@both_ways
+def test_a_continued_answer_is_forced_to_call(stream: bool, client: Any) -> None:
+    messages = [
+        {"role": "user", "content": DIFFERENCE},
+        {"role": "assistant", "content": "Easy.\n</think>\n\nI call."},
+    ]
+    options = {"tools": [CALCULATOR], "tool_choice": "required", "parallel_tool_calls": False}
+    extra = {"continue_final_message": True}
+    found = ask(client, messages, stream=stream, extra_body=extra, **options)
+    rest = joined(found) if stream else whole(found)
+    assert rest["finish"] == "tool_calls"
+    assert [name for name, _ in rest["calls"].values()] == ["calculator"]
 
 
 @both_ways

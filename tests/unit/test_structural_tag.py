@@ -9,6 +9,7 @@ import json
 import random
 import time
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -18,6 +19,7 @@ import xgrammar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.constrained.base_grammar_backend import InvalidGrammarObject
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarBackend
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang.srt.entrypoints.openai.protocol import Function as ToolFunction
@@ -33,7 +35,7 @@ from sglang.srt.server_args import ServerArgs
 from transformers import AutoTokenizer
 
 from sglang_minimax import TINY_M2
-from sglang_minimax.parsers import tool_detector
+from sglang_minimax.parsers import structural_tag, tool_detector
 from sglang_minimax.parsers.reasoning_detector import MinimaxAppendThinkDetector, MinimaxDetector
 from sglang_minimax.parsers.structural_tag import Function, forced, strict
 from sglang_minimax.parsers.tool_calls import Arguments, CallBegins, CallEnds, Text, ToolCallParser
@@ -71,15 +73,42 @@ VALUES: list[tuple[dict[str, Any], list[Any], list[str]]] = [
     ({"allOf": [{"$ref": "#/$defs/Unit"}]}, ["C"], ["K"]),
     ({"type": "string", "pattern": "^[a-z]{2,3}$"}, ["ab", "abc"], ["a", "abcd", "AB"]),
     ({"type": "string", "format": "date"}, ["2024-02-03"], ["2024", "today"]),
+    ({"type": "string", "format": "email"}, ["a.b@c.org"], ["a", "<a@c.org>"]),
+    ({"type": "string", "format": "json-pointer"}, ["", "/a~1/0"], ["a", "/a</parameter>b"]),
+    ({"type": "string", "format": "relative-json-pointer"}, ["1#", "0/a"], ["/a", "1/<"]),
+    ({"type": "string", "format": "path"}, ["<a>/b.py"], ["a</parameter>b"]),
+    ({"type": "string", "format": "path", "maxLength": 2}, ["ab"], ["abc", "</parameter>"]),
+    ({"type": "string", "format": "x", "pattern": "^a+$"}, ["aa"], ["b"]),
+    ({"allOf": [{"$ref": "#/$defs/Unit"}, {"$ref": "#/$defs/Note"}]}, ["C", "F"], ["K", ""]),
+    ({"allOf": [{"allOf": [{"$ref": "#/$defs/Unit"}]}, {"allOf": [{}]}]}, ["C"], ["K"]),
+    ({"type": "array", "items": {"$ref": "#/$defs/a~1b%20c"}}, [[1]], ['["x"]']),
     ({"type": "string", "minLength": 1}, ["a", "<!DOCTYPE html>", "\n"], [""]),
     ({"type": "string", "maxLength": 3}, ["", "abc", "<a"], ["abcd", "a<b>"]),
     ({"type": "string", "minLength": 2, "maxLength": 3}, ["ab", "abc"], ["a", "abcd", "<a><"]),
     ({"type": "string", "minLength": 1, "maxLength": 4}, ["<a>", "abcd"], ["", "abcde", "a<b>c"]),
-    ({"type": "string", "pattern": "^.+$"}, ["anything <at> all"], []),
     ({"type": ["integer", "string"], "maxLength": 2}, [7, "ab"], ["abc"]),
     ({}, ["x", 3, [1], {"a": 1}, None], []),
 ]
-DEFINITIONS = {"Tree": TREE, "Unit": {"enum": ["C", "F"]}}
+#: What is not enforced, types that JSON schemas do not have, and an object that looks like one.
+ODD: list[tuple[dict[str, Any], list[Any], list[str]]] = [
+    ({"type": "string", "pattern": "^.+$"}, ["anything <at> all"], []),
+    ({"type": "INTEGER"}, [3], ["x", "1.5"]),
+    ({"type": "STRING"}, ["x"], ["a</parameter>b"]),
+    ({"type": "float"}, [1.5, "x"], []),
+    ({"type": "array", "items": {"type": "INTEGER"}}, [[3]], ['["a"]']),
+    ({"type": "array", "items": {"type": "any"}}, [[3, "a"]], ["a"]),
+    (
+        {"type": "object", "properties": {"type": {"const": {"type": "X"}}}, "required": ["type"]},
+        ['{"type": {"type":"X"}}'],
+        ['{"type": {}}'],
+    ),
+]
+DEFINITIONS = {
+    "Tree": TREE,
+    "Unit": {"enum": ["C", "F"]},
+    "Note": {"description": "Of a unit."},
+    "a/b c": {"type": "integer"},
+}
 
 
 def one_parameter(value: Any, **more: Any) -> dict[str, Any]:
@@ -131,7 +160,7 @@ def reply(*calls: str, before: str = "\n\n") -> str:
     return f"{before}<minimax:tool_call>\n{''.join(calls)}</minimax:tool_call>"
 
 
-@pytest.mark.parametrize(("schema", "good", "bad"), VALUES, ids=lambda v: json.dumps(v)[:40])
+@pytest.mark.parametrize(("schema", "good", "bad"), VALUES + ODD, ids=lambda v: json.dumps(v)[:40])
 def test_values(schema: dict[str, Any], good: list[Any], bad: list[str]) -> None:
     tag = of(one_parameter(schema))
     for value in good:
@@ -165,6 +194,74 @@ def test_more_parameters_than_are_named() -> None:
     tag = of({**TWO, "additionalProperties": INTEGER})
     assert accepts(tag, reply(invoke({"a": "x", "c-1": 3, "d": 4})))
     assert not accepts(tag, reply(invoke({"a": "x", "c": "y"})))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "may"),
+    [
+        *((r"^\\.+$", True), (r"^\\\\.+$", True), (r"^\.+$", False), (r"^\\\.$", False)),
+        *((r"\074", True), (r"\x3c", True), (r"\u003c", True), (r"\<", True), (r"\S", True)),
+        *((r"\[.]", True), (r"\[[.]", False), (r"[^a]", True), (r"[^a<]", False), (r"[^]", True)),
+        *((r"^[\w.]+$", False), (r"[!-\]]", True), (r"^a\.b\d\s$", False), ("<", True)),
+    ],
+)
+def test_patterns_that_may_match_markup(pattern: str, may: bool) -> None:
+    """Those are not enforced, and the value still ends where its tag does."""
+    tag = of(one_parameter({"type": "string", "pattern": pattern}))
+    assert accepts(tag, reply(invoke({"x": "something else"}))) is may
+    assert not accepts(tag, reply(invoke({"x": "\\a</parameter>b"})))
+
+
+def test_all_of_several_declarations() -> None:
+    defs = {
+        "A": {"properties": {"a": STRING}, "required": ["a"]},
+        "B": {"allOf": [{"$ref": "#/$defs/C"}, {"properties": {"b": STRING}}]},
+        "C": {"properties": {"c": INTEGER}, "required": ["c"]},
+    }
+    schema = {"allOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}], "$defs": defs}
+    tag = of(schema)
+    assert accepts(tag, reply(invoke({"a": "x", "c": 1, "b": "y"})))
+    for wrong in ({"a": "x"}, {"c": 1}, {"a": "x", "c": "y"}):
+        assert not accepts(tag, reply(invoke(wrong))), wrong
+
+
+def size(tag: Any) -> int:
+    return len(json.dumps(tag.model_dump(by_alias=True)))
+
+
+def test_a_part_carries_what_it_refers_to() -> None:
+    """With the whole schema in each of them, 400 are 16 times as many as 100."""
+
+    def schema(count: int) -> dict[str, Any]:
+        items = [{"type": "array", "items": {"$ref": f"#/$defs/D{i}"}} for i in range(count)]
+        return {
+            "properties": {f"p{i}": each for i, each in enumerate(items)},
+            "$defs": {f"D{i}": {"type": "integer", "maximum": i} for i in range(count)},
+        }
+
+    assert size(of(schema(400))) < 4.5 * size(of(schema(100)))
+    tag = of(schema(3))
+    assert accepts(tag, reply(invoke({"p1": [1], "p2": [2]})))
+    assert not accepts(tag, reply(invoke({"p1": [2]})))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [INTEGER, {"$ref": "#/$defs/A"}, {"anyOf": [{"allOf": [{"$ref": "#/$defs/A"}]}, INTEGER]}],
+    ids=["plain", "reference", "alternatives"],
+)
+def test_many_parameters_all_hold(value: dict[str, Any]) -> None:
+    names = [f"p{i}" for i in range(1100)]
+    schema = {"properties": dict.fromkeys(names, value), "$defs": {"A": INTEGER}}
+    tag = of(schema)
+    assert accepts(tag, reply(invoke({"p0": 1, "p1099": 1})))
+    assert not accepts(tag, reply(invoke({"p1099": "x"})))
+
+
+def test_any_text_needs_no_alternatives() -> None:
+    text = size(of(one_parameter(STRING)))
+    for schema in ({"type": ["string", "null"]}, {"anyOf": [STRING, {"enum": ["a"]}]}, {}):
+        assert size(of(one_parameter(schema))) == text
 
 
 def test_references_to_the_whole_schema() -> None:
@@ -292,7 +389,7 @@ def wandered(tag: Any, seed: int) -> str:
     mask = xgrammar.allocate_token_bitmask(1, info.vocab_size)
     vocabulary = info.decoded_vocab
     text = b""
-    for _ in range(4000):
+    for _ in range(12_000):
         ending = choose.choice(ENDINGS)
         if choose.random() < 0.4 and found.accept_string(ending):
             text += ending.encode()
@@ -334,6 +431,14 @@ def test_whatever_is_allowed_is_valid_together(seed: int) -> None:
     assert found
     for name, arguments in found:
         jsonschema.validate(arguments, schemas[name])
+
+
+@pytest.mark.parametrize("kind", [*structural_tag._FORMATS, *structural_tag._PATTERN_OF_FORMAT])
+def test_no_format_has_markup(kind: str) -> None:
+    tag = of(one_parameter({"type": "string", "format": kind}))
+    for seed in range(20):
+        ((_, arguments),) = calls_in(wandered(tag, seed), {"f": {}})
+        assert "<" not in str(arguments["x"])
 
 
 def test_a_mistake_would_be_seen() -> None:
@@ -439,6 +544,43 @@ def test_strict_tools_are_native(options: dict[str, Any]) -> None:
     assert kind == "structural_tag"
     assert not accepts(tag, reply(invoke({"b": 1})))
     assert accepts(tag, "Well." + reply(invoke({"b": 1}, "g")))
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = INTEGER
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "value",
+    [nested(20_000), {"enum": [10**5000]}, {"type": "array", "items": {"const": 10**5000}}],
+    ids=["deep", "digits", "digits_within"],
+)
+@pytest.mark.parametrize("choice", ["required", NAMED, "auto"], ids=["required", "named", "auto"])
+def test_a_schema_that_cannot_be_written_is_refused(
+    choice: Any, value: Any, options: dict[str, Any]
+) -> None:
+    """Not forced as JSON, which our parser would not read."""
+    function = ToolFunction.model_construct(
+        name="f", strict=True, parameters={"properties": {"x": value}}
+    )
+    parser = FunctionCallParser([Tool.model_construct(function=function)], "minimax-m2")
+    kind, tag = parser.get_structure_constraint(choice)
+    assert kind == "structural_tag"
+    key = json.dumps(tag.model_dump(by_alias=True))
+    found = backend()._init_value_dispatch(("structural_tag", key), True)
+    assert isinstance(found, InvalidGrammarObject)
+    assert "at least one element" in found.error_message
+
+
+@pytest.mark.parametrize("depth", [30, 100])
+def test_a_deep_schema_holds(depth: int) -> None:
+    good, bad = (json.loads("[" * depth + each + "]" * depth) for each in ("1", '"a"'))
+    tag = of(one_parameter(nested(depth)))
+    assert accepts(tag, reply(invoke({"x": good})))
+    assert not accepts(tag, reply(invoke({"x": bad})))
 
 
 @pytest.mark.parametrize("backend", ["llguidance", "outlines", "none"])
@@ -566,6 +708,36 @@ def test_a_thinking_budget_is_kept_only_where_a_request_has_one(
     for _ in range(3):
         found.accept_token(token(LETTER))
     assert allowed(found, *jumps()) == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "thinks"),
+    [
+        ({"content": "So.</think>"}, False),
+        ({"content": "So.\n</think>\n\nIt is", "name": "minimax-append-think"}, False),
+        ({"content": "So"}, True),
+        ({"content": None}, True),
+        ({"content": [{"type": "text", "text": "</think>"}]}, True),
+        ({"content": "So.</think>", "role": "user"}, True),
+        ({"content": "So.</think>", "continued": False}, True),
+        ({"content": "So.</think>", "name": "deepseek-r1"}, True),
+        ({"content": "So.</think>", "name": None}, True),
+    ],
+    ids=str,
+)
+def test_a_continued_answer_does_not_think(options: dict[str, Any], thinks: bool) -> None:
+    from sglang_minimax.patches.thinking_grammar import begin_behind_a_finished_thought
+
+    def process(self: Any, request: Any, is_multimodal: bool, *, output_constrained: bool) -> Any:
+        return SimpleNamespace(require_reasoning=True)
+
+    message = SimpleNamespace(role=options.get("role", "assistant"), content=options["content"])
+    request = SimpleNamespace(
+        continue_final_message=options.get("continued", True), messages=[message]
+    )
+    handler = SimpleNamespace(reasoning_parser=options.get("name", "minimax"))
+    wrapped = begin_behind_a_finished_thought(process)
+    assert wrapped(handler, request, False, output_constrained=True).require_reasoning is thinks
 
 
 def test_a_tag_of_several_tokens_is_not_kept_from_thoughts() -> None:
