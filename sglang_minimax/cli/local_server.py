@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +26,9 @@ from sglang_minimax.errors import MinimaxError
 
 #: What a chat with MiniMax-M2 needs beside the model.
 PARSERS = ("--tool-call-parser", "minimax-m2", "--reasoning-parser", "minimax")
+
+#: Seconds between two looks at a process.
+POLL = 0.2
 
 _PR_SET_PDEATHSIG = 1
 
@@ -98,15 +101,20 @@ class LocalServer:
             preexec_fn=_die_with_parent,
         )
 
-    def wait_until_ready(self, timeout: float | None = 300.0) -> None:
-        """Return when the server answers. Raises ServerFailed if it ends or takes `timeout` s.
+    def wait_until_ready(
+        self, timeout: float | None = 300.0, *, give_up: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Whether the server answers; False as soon as `give_up` says so.
 
-        None waits as long as the process lives: a large checkpoint takes its time.
+        Raises ServerFailed if it ends or takes `timeout` s; None waits as long as the process
+        lives: a large checkpoint takes its time.
         """
         if self._process is None:
             raise RuntimeError("start() comes first")
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while time.monotonic() < deadline:
+            if give_up():
+                return False
             if self._process.poll() is not None:
                 raise ServerFailed(
                     f"the server ended with status {self._process.returncode} before it was ready; "
@@ -114,15 +122,18 @@ class LocalServer:
                 )
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
-                    return
-            time.sleep(0.2)
+                    return True
+            time.sleep(POLL)
         raise ServerFailed(f"the server did not answer within {timeout:.0f} s.")
 
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait until the server ends by itself and return its exit status."""
+    def wait(self, *, give_up: Callable[[], bool] = lambda: False) -> int | None:
+        """Wait until the server ends by itself and return its status; None if `give_up` says so."""
         if self._process is None:
             raise RuntimeError("start() comes first")
-        return self._process.wait(timeout)
+        while not give_up():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self._process.wait(POLL)
+        return None
 
     def stop(self, grace: float = 10.0) -> None:
         """End the server and every process it started; SIGTERM first, SIGKILL after `grace` s.

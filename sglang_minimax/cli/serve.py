@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
@@ -22,16 +21,18 @@ def serve(model: Path, host: str, port: int, arguments: Sequence[str]) -> int:
     server = LocalServer(
         model, host=host, port=port, arguments=["--log-level", "warning", *arguments]
     )
-    signal.signal(signal.SIGTERM, _interrupt)
+    told_to_stop = _noted_signals()
     console.print(f"[dim]{shlex.join(server.command)}[/]")
     try:
         with console.status("importing SGLang and starting the ranks"):
             server.start()
-            server.wait_until_ready(timeout=None)
-        console.print(f"\n[bold green]ready[/] {server.url}   (Ctrl-C stops it)\n")
-        console.print(curl_line(server.url), markup=False)
-        return server.wait()
-    except KeyboardInterrupt:
+            ready = server.wait_until_ready(timeout=None, give_up=told_to_stop)
+        if ready:
+            console.print(f"\n[bold green]ready[/] {server.url}   (Ctrl-C stops it)\n")
+            console.print(curl_line(server.url), markup=False)
+            status = server.wait(give_up=told_to_stop)
+            if status is not None:
+                return status
         console.print("\nstopping")
         return 0
     finally:
@@ -46,5 +47,14 @@ def curl_line(url: str) -> str:
     )
 
 
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+def _noted_signals() -> Callable[[], bool]:
+    """Note SIGINT and SIGTERM from now on; the result says whether one has come.
+
+    Not a KeyboardInterrupt, which ends whatever statement it meets: in the middle of `Popen` the
+    child would be lost, in an `exec` of text, as in every dataclass that is imported, Python 3.11
+    ends with the status of a killed process although the exception was caught.
+    """
+    noted: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda came, _frame: noted.append(came))
+    return lambda: bool(noted)

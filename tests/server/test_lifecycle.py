@@ -103,7 +103,9 @@ def test_a_signal_ends_the_whole_family(number: signal.Signals, own_server: Loca
     assert len(family) >= 3
     assert own_server.pid is not None
     os.kill(own_server.pid, number)
-    own_server.wait(30)
+    deadline = time.monotonic() + 30
+    ended = own_server.wait(give_up=lambda: time.monotonic() > deadline)
+    assert ended is not None, "still runs"
     # SIGKILL leaves the others to find out that their parent is gone.
     assert remaining(family, timeout=20) == []
     deadline = time.monotonic() + 10

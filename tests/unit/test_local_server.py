@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shlex
+import signal
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sglang_minimax.cli.demo import calculate, final_answer
@@ -51,6 +55,53 @@ def test_a_server_that_does_not_answer_is_stopped_with_its_children() -> None:
     with pytest.raises(ServerFailed, match="did not answer within 2 s"), server.running(timeout=2):
         pass
     assert server.family() == []
+
+
+#: `serve` with a server that needs long, interrupted by signal {number} in the middle of {what}.
+INTERRUPTED = """
+import os, subprocess, sys
+from pathlib import Path
+from sglang_minimax.cli import local_server, serve
+
+class Slow(local_server.LocalServer):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.command = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+    def wait_until_ready(self, *arguments, **options):
+        if {what!r} == "an import":  # a dataclass is text that is executed
+            exec("os.kill(os.getpid(), {number})")
+        return super().wait_until_ready(*arguments, **options)
+
+class Popen(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        print("child", self.pid, flush=True)
+        if {what!r} == "the start":
+            os.kill(os.getpid(), {number})
+
+subprocess.Popen = Popen
+serve.LocalServer = Slow
+sys.exit(serve.serve(Path("m"), "127.0.0.1", local_server.free_port(), []))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("what", ["the start", "an import", "the wait"])
+def test_serve_ends_well_wherever_the_signal_meets_it(
+    what: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED.format(what=what, number=int(number)))
+    command = [sys.executable, "-m", "interrupted"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        child = next(line for line in process.stdout if line.startswith("child"))
+        if what == "the wait":
+            process.send_signal(number)
+        printed = process.stdout.read()
+        assert process.wait(30) == 0
+    assert "stopping" in printed
+    assert not psutil.pid_exists(int(child.split()[1]))
 
 
 def test_stop_before_start_does_nothing() -> None:
