@@ -305,12 +305,7 @@ def main(
 ) -> None:
     """Measure, print the table, write the JSON and its plot."""
     console = Console(width=max(Console().width, 140))
-    try:
-        device = kernel_timing.default_device(cpu)
-    except RuntimeError as error:
-        raise typer.BadParameter(str(error)) from error
-    if cpu:
-        torch.set_num_threads(1)
+    device = kernel_timing.device_of_run(cpu)
     bandwidth = kernel_timing.copy_bandwidth(device)
     rows: list[Row] = []
     with torch.inference_mode():

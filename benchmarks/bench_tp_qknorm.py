@@ -180,12 +180,7 @@ def main(
     console = Console(width=max(Console().width, 140))
     if unknown := set(case or ()) - set(CASES):
         raise typer.BadParameter(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
-    try:
-        device = kernel_timing.default_device(cpu)
-    except RuntimeError as error:
-        raise typer.BadParameter(str(error)) from error
-    if cpu:
-        torch.set_num_threads(1)
+    device = kernel_timing.device_of_run(cpu)
     bandwidth = kernel_timing.copy_bandwidth(device)
     wanted = settings(
         device,

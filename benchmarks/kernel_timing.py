@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import typer
 
 from benchmarks.common import processor, version
 
@@ -246,12 +247,16 @@ def rounded(times: Times) -> dict[str, dict[str, float]]:
     return {name: value.rounded() for name, value in times.items()}
 
 
-def default_device(cpu: bool) -> torch.device:
-    """The current CUDA device, or the CPU where asked for; RuntimeError where there is no GPU."""
+def device_of_run(cpu: bool) -> torch.device:
+    """The current CUDA device, or the CPU and one of its cores where `--cpu` asks for it.
+
+    Raises typer.BadParameter where there is no GPU.
+    """
     if cpu:
+        torch.set_num_threads(1)
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise RuntimeError("no CUDA device here; --cpu compares what runs without one")
+        raise typer.BadParameter("no CUDA device here; --cpu compares what runs without one")
     return torch.device("cuda", torch.cuda.current_device())
 
 
