@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_minimax.parsers.schema_parts import listed, mapped, target
+from sglang_minimax.parsers.schema_parts import TYPES, listed, mapped, target, types_named
 
 STRING = "string"
 INTEGER = "integer"
@@ -28,7 +28,7 @@ BOOLEAN = "boolean"
 NULL = "null"
 OBJECT = "object"
 ARRAY = "array"
-ALL = frozenset((STRING, INTEGER, NUMBER, BOOLEAN, NULL, OBJECT, ARRAY))
+ALL = frozenset(TYPES)
 
 # A schema may refer to itself; no type is decided that deep.
 DEEPEST = 32
@@ -75,8 +75,8 @@ class Parameters:
         self._schema = schema
         self._known: dict[str, Allowed] = {}
         self._patterns: dict[Any, re.Pattern[str] | None] = {}
-        # By identity: each part of the schema is read once, however often others refer to it.
-        self._read: dict[int, Allowed] = {}
+        # By identity and depth: what a part means there, however many others refer to it.
+        self._read: dict[tuple[int, int], Allowed] = {}
 
     def allowed(self, name: str) -> Allowed:
         """ANYTHING where the schema does not say."""
@@ -136,17 +136,17 @@ class Parameters:
     def _allowed(self, schema: Any, depth: int) -> Allowed:
         if not isinstance(schema, Mapping) or depth > DEEPEST:
             return ANYTHING
-        if id(schema) not in self._read:
-            self._read[id(schema)] = ANYTHING  # to itself, while it is being read
-            self._read[id(schema)] = self._of(schema, depth)
-        return self._read[id(schema)]
+        key = id(schema), depth
+        if key not in self._read:
+            self._read[key] = self._of(schema, depth)
+        return self._read[key]
 
     def _of(self, schema: Mapping[str, Any], depth: int) -> Allowed:
         found = []
         if "$ref" in schema:
             found.append(self._allowed(target(self._schema, schema["$ref"]), depth + 1))
-        if types := _types(schema.get("type")):
-            found.append(Allowed(types))
+        if types := types_named(schema):
+            found.append(Allowed(frozenset(types)))
         values = [*listed(schema, "enum"), *([schema["const"]] if "const" in schema else [])]
         if values:
             found.append(_of_values(values))
@@ -183,17 +183,13 @@ def _either(found: list[Allowed]) -> Allowed:
     return total
 
 
-def _types(value: Any) -> frozenset[str]:
-    named = value if isinstance(value, (list, tuple)) else [value]
-    return ALL & {each.lower() for each in named if isinstance(each, str)}
-
-
 def _of_values(values: list[Any]) -> Allowed:
     strings = frozenset(each for each in values if isinstance(each, str))
-    return Allowed(frozenset(_type_of(each) for each in values), strings)
+    return Allowed(frozenset(type_of(each) for each in values), strings)
 
 
-def _type_of(value: Any) -> str:
+def type_of(value: Any) -> str:
+    """The JSON type of a value as Python has it."""
     if value is None:
         return NULL
     for kind, name in ((bool, BOOLEAN), (int, INTEGER), (float, NUMBER), (str, STRING)):

@@ -151,7 +151,7 @@ class ToolCallParser:
         self._step = self._between_parameters
 
     def _between_parameters(self) -> bool:
-        tag = self._next_tag(*_AFTER_VALUE)
+        tag = self._next_tag(*AFTER_VALUE)
         if tag == PARAMETER_OPEN:
             self._step = self._parameter_name
         elif tag is not None:
@@ -188,11 +188,11 @@ class ToolCallParser:
         self._at = self._stray.take_white(self._rest, self._at)
         if self._at == len(self._rest):
             return False
-        if any(self._rest.startswith(tag, self._at) for tag in _AFTER_VALUE):
+        if any(self._rest.startswith(tag, self._at) for tag in AFTER_VALUE):
             assert self._call is not None
             self._argument(self._call.end_value())
             self._step = self._between_parameters
-        elif self._may_become(_AFTER_VALUE):
+        elif self._may_become(AFTER_VALUE):
             return False
         else:
             self._value(PARAMETER_CLOSE + self._stray.white())
@@ -270,7 +270,8 @@ class ToolCallParser:
         return events
 
 
-_AFTER_VALUE = (PARAMETER_OPEN, INVOKE_CLOSE, INVOKE_OPEN, BLOCK_CLOSE)
+#: What may follow a value; anywhere else a closing tag belongs to it.
+AFTER_VALUE = (PARAMETER_OPEN, INVOKE_CLOSE, INVOKE_OPEN, BLOCK_CLOSE)
 
 
 class _Stray:

@@ -2,7 +2,7 @@
 
 A string goes out as it comes in. Of any other type nothing goes out until the value is whole: half
 a number is another number. Where a string is one type among others, it goes out from the moment
-when the text can be none of the others.
+when its beginning can be none of the others: a number, a word, or a bracket and what follows it.
 
 Rules, in this order, for the whole text:
 
@@ -46,6 +46,17 @@ _INTEGER = re.compile(r"(-?(?:0|[1-9][0-9]*))(?:\.0+)?")
 _NUMERAL = frozenset("0123456789+-.eE" + _WHITE)
 _WORDS = {"true": BOOLEAN, "false": BOOLEAN, "null": NULL}
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
+
+# So much of a text is looked at before it is held back to its end.
+_LOOKED_AT = 64
+_BEGINNING_OF_NUMBER = r"-?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?(?:(?<![.])[eE][+-]?[0-9]*)?)?"
+_NUMBER_SO_FAR = re.compile(rf"{_BEGINNING_OF_NUMBER}[{_WHITE}]*")
+_WORD_SO_FAR = "|".join(word[:end] for word in _WORDS for end in range(len(word), 0, -1))
+_CONTAINER_SO_FAR = re.compile(
+    rf"{{[{_WHITE}]*(?:[\"}}].*)?"
+    rf"|\[[{_WHITE}]*(?:[\"{{\[\]].*|(?:{_WORD_SO_FAR}|{_BEGINNING_OF_NUMBER})[{_WHITE}]*(?:[,\]].*)?)?",
+    re.DOTALL,
+)
 
 # What JSON does not allow inside a string, and lone surrogates, which UTF-8 does not know.
 _UNSAFE = re.compile(r'[\x00-\x1f"\\\ud800-\udfff]')
@@ -177,14 +188,23 @@ class _Undecided:
 
     def _test_for(self, first: str) -> Callable[[str], bool]:
         if first in "{[":
-            kind = OBJECT if first == "{" else ARRAY
-            return lambda new: kind in self._types
+            return self._container
         if first in "-0123456789":
             return self._numeral
         return self._word
 
+    def _container(self, new: str) -> bool:
+        if len(self._bare) < _LOOKED_AT:
+            self._bare += new[:_LOOKED_AT]
+        kind = OBJECT if self._bare[0] == "{" else ARRAY
+        return kind in self._types and _CONTAINER_SO_FAR.fullmatch(self._bare) is not None
+
     def _numeral(self, new: str) -> bool:
-        return bool({INTEGER, NUMBER} & self._types) and _NUMERAL.issuperset(new)
+        if not {INTEGER, NUMBER} & self._types or not _NUMERAL.issuperset(new):
+            return False
+        if len(self._bare) < _LOOKED_AT:
+            self._bare += new[:_LOOKED_AT]
+        return _NUMBER_SO_FAR.fullmatch(self._bare) is not None
 
     def _word(self, new: str) -> bool:
         text = self._bare + new

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import sglang_minimax.parsers
+from tests.parsers.allocations import traced
 from tests.parsers.replies import (
     CLOSE,
     OPEN,
@@ -65,13 +66,19 @@ TOOLS = {
         u={"type": ["string", "null"]},
         e={"enum": ["1", 1]},
         w={"type": ["string", "boolean"]},
+        m={"type": ["string", "number"]},
+        l={"enum": ["null", None]},
         b={"type": "boolean"},
         r={"$ref": "#/$defs/a%20text"},
     )
     | {
         "$defs": {"a text": {"type": "string"}},
         "anyOf": [{"properties": {"x": {"type": "string"}}}, {"properties": {"y": {}}}],
-        "patternProperties": {"^p_": {"type": "string"}},
+        "patternProperties": {
+            "^p_": {"type": "string"},
+            "_text": {"type": "string"},
+            r"^n\d$": {"type": "string"},
+        },
     }
 }
 
@@ -115,6 +122,30 @@ def keeps_little(parsers: Parsers) -> None:
     for piece in every("text " * 200 + wire(("f", {"s": "value " * 200})), 4):
         parser.feed(piece)
         assert len(parser._rest) <= 300, f"{len(parser._rest)} characters are kept"
+
+
+def makes_little(parsers: Parsers) -> None:
+    """Of 64 KB in small pieces: no step makes a string of what was held back before."""
+    for begin, piece in (('<parameter name="n">', "1" * 16), ("", " " * 16)):
+        parser = parsers.tool_calls.ToolCallParser(TOOLS)
+        parser.feed(f'{OPEN}<invoke name="f">{begin}')
+        steps, _ = traced(parser.feed, [piece] * 4096)
+        assert max(steps) < 16 * 1024, f"a step makes {max(steps)} bytes"
+
+
+def ends_once(parsers: Parsers) -> None:
+    for text in ("a\n<minimax:tool", f"{OPEN}a <inv", f'{OPEN}a<invoke name="f'):
+        parser = parsers.tool_calls.ToolCallParser(TOOLS)
+        parser.feed(text)
+        parser.finish()
+        assert parser.finish() == [], f"{text!r} ends twice"
+
+
+def thinks_once(parsers: Parsers) -> None:
+    parser = parsers.reasoning.ReasoningParser()
+    parser.feed(" \n")
+    assert parser.finish() == (" \n", "")
+    assert parser.finish() == ("", ""), "white space comes out twice"
 
 
 def streams(parsers: Parsers) -> None:

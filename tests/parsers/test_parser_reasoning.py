@@ -125,6 +125,17 @@ def test_a_parser_knows_whether_it_is_thinking():
     assert parser.finish() == Parts("", "")
 
 
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize(
+    "text", [" \n", " <thi", "\n<think>", "<think>\n", "a\n</thi", "a</think>", "a</think>\nb"]
+)
+def test_a_second_end_says_nothing(text, inside):
+    parser = ReasoningParser(inside=inside)
+    parser.feed(text)
+    parser.finish()
+    assert parser.finish() == Parts("", "")
+
+
 def test_reasoning_streams_but_for_what_may_be_a_tag():
     parser = ReasoningParser()
     assert [parser.feed(each).reasoning for each in ("a\n", "b <", "/th", "x", "\n\n")] == [

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from sglang_minimax.parsers.tool_calls import (
+    Arguments,
+    CallBegins,
+    CallEnds,
+    Text,
+    ToolCallParser,
+)
 from tests.parsers.replies import (
     CLOSE,
     OPEN,
@@ -78,6 +85,13 @@ BLOCKS: list[tuple[str, str, list[Call]]] = [
     (f"{OPEN}{INVOKE}{END_I} and {INVOKE}{END_I}{CLOSE}", " and ", [whole(), whole()]),
     (f"{OPEN}{INVOKE}{END_I}\n bye\n{CLOSE}!", "\n bye\n!", [whole()]),
     (f"{OPEN}{INVOKE}{END_I}{END_I}{CLOSE}", END_I, [whole()]),
+    # A `<` directly before a tag is text, and the tag is one.
+    (f"{OPEN}{INVOKE}{END_I}x<{INVOKE}{END_I}{CLOSE}", "x<", [whole(), whole()]),
+    (f"{OPEN}{INVOKE}{END_I}<{INVOKE}{END_I}{CLOSE}", "<", [whole(), whole()]),
+    (f"{OPEN}<{INVOKE}{END_I}{CLOSE}", f"{OPEN}<", [whole()]),
+    (f"{OPEN}{INVOKE}{END_I}<{CLOSE}b", "<b", [whole()]),
+    (f"{OPEN}{INVOKE}{END_I}</<<{OPEN}{INVOKE}{END_I}", "</<<", [whole(), whole()]),
+    (f"{OPEN}<inv{INVOKE}<{END_I}{CLOSE}", f"{OPEN}<inv<", [whole()]),
     # The end of the block may be missing.
     (f"{OPEN}{INVOKE}{END_I}", "", [whole()]),
     (f"{OPEN}{INVOKE}{END_I}\n</minimax:to", "", [whole()]),
@@ -90,6 +104,9 @@ BLOCKS: list[tuple[str, str, list[Call]]] = [
 ]
 NAMES: list[tuple[str, str, list[Call]]] = [
     (f"{OPEN}<invoke name='f'>{END_I}{CLOSE}", "", [whole()]),
+    (f"{OPEN}<invoke name='f'>{END_I}<invoke name='g'>{END_I}", "", [whole(), whole(name="g")]),
+    (f"{OPEN}<invoke name='f'><parameter name='s'>'>{END_P}{END_I}", "", [whole('{"s": "\'>"}')]),
+    (f"{OPEN}<invoke name='a' b'>{END_I}{CLOSE}", "", [whole(name="a' b")]),
     (f"{OPEN}<invoke name=f>{END_I}{CLOSE}", "", [whole()]),
     (f'{OPEN}<invoke name=" f ">{END_I}{CLOSE}', "", [whole()]),
     (f'{OPEN}<invoke name="a>b">{END_I}{CLOSE}', "", [whole(name="a>b")]),
@@ -178,6 +195,9 @@ VALUES: list[tuple[str, str, list[Call]]] = [
     # Text between parameters is text.
     (f"{OPEN}{INVOKE}hm {S}a{END_P}{END_I}{CLOSE}", "hm ", [whole('{"s": "a"}')]),
     (f"{OPEN}{INVOKE}<x> {END_I}{CLOSE}", "<x> ", [whole()]),
+    (f"{OPEN}{INVOKE}<{S}a{END_P}{END_I}{CLOSE}", "<", [whole('{"s": "a"}')]),
+    (f"{OPEN}{INVOKE}<{END_I}{CLOSE}", "<", [whole()]),
+    (f"{OPEN}{INVOKE}{S}a<{END_P}<{END_P}{END_I}{CLOSE}", "", [whole('{"s": "a<</parameter><"}')]),
 ]
 CUT_OFF: list[tuple[str, str, list[Call]]] = [
     (f"{OPEN}{INVOKE}", "", [cut_off()]),
@@ -274,8 +294,23 @@ def test_a_reply_cut_off_anywhere(end, full):
     assert all(call.complete is not None for call in part.calls)
 
 
-def test_a_parser_may_be_finished_twice():
-    checked = Checked(TOOLS)
-    checked.feed(f"{OPEN}{INVOKE}{S}a")
-    first = checked.finish()
-    assert checked.finish() == first
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(text for text, _, _ in CUT_OFF),
+        *("a\n", "a\n<minimax:tool", f"a\n{OPEN}", f"{OPEN} ", f"{OPEN}x", f"{OPEN}x<inv"),
+        *(f"{OPEN}{INVOKE}{END_I}{end}" for end in ("<inv", "a<inv", "a<invoke name=", "a </mini")),
+        f'{OPEN}{INVOKE}{END_I}a<invoke name="f',
+    ],
+    ids=repr,
+)
+def test_a_parser_that_was_finished_has_forgotten_the_reply(text):
+    """A second end says nothing, and what comes next begins outside of everything."""
+    parser = ToolCallParser(TOOLS)
+    begun = sum(isinstance(event, CallBegins) for event in parser.feed(text) + parser.finish())
+    assert parser.finish() == []
+    events = parser.feed(f"b\n{wire(('f', {'n': '1'}))}c") + parser.finish()
+    assert events == [
+        *(Text("b"), CallBegins(begun, "f"), Arguments(begun, '{"n": 1'), Arguments(begun, "}")),
+        *(CallEnds(begun, complete=True), Text("c")),
+    ]

@@ -1,6 +1,11 @@
 """What replies are made of: strings that look like something else, and templates that write them.
 
 The strategies leave out only what `docs/parsers.md` names as impossible to tell apart.
+
+Of the two templates only tiny-m2's is one that a checkpoint has. The other is an imitation, written
+by hand after a description of the format (raw strings, everything else as JSON, one line for each
+call). It has not been compared with the template of any published checkpoint: what it adds is a
+second layout, and no proof about theirs.
 """
 
 from __future__ import annotations
@@ -31,8 +36,8 @@ PARTS_OF_TAGS = tuple(tag[:end] for tag in TAGS for end in (1, 2, len(tag) // 2,
 # --- the templates ---
 
 TINY = (TINY_M2 / "chat_template.jinja").read_text()
-# How the template of the published checkpoints writes a reply.
-PUBLISHED = """
+# Not the template of the published checkpoints: see above.
+IMITATION = """
 {%- for message in messages -%}
   {%- if message.role == 'assistant' -%}
     {{- ']~b]ai\\n' -}}
@@ -54,7 +59,7 @@ PUBLISHED = """
   {%- endif -%}
 {%- endfor -%}
 """
-TEMPLATES = {"tiny-m2": TINY, "published": PUBLISHED}
+TEMPLATES = {"tiny-m2": TINY, "imitation": IMITATION}
 
 Calls = list[tuple[str, dict[str, Any]]]
 
