@@ -1,20 +1,24 @@
-"""A tool's schema taken apart: references followed, alternatives counted, types xgrammar knows.
+"""A tool's schema, and parts of it as schemas of their own that xgrammar takes.
 
 What refers to other parts of the schema is followed a limited number of times, since a schema may
-refer to itself. No SGLang, no xgrammar.
+refer to itself; and each value is a grammar of its own, which has to have a copy of all that it
+refers to. No SGLang, no xgrammar.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sglang_minimax.parsers.patterns import anchored, may_match
 from sglang_minimax.parsers.schema import DEEPEST
-from sglang_minimax.parsers.schema_parts import Schema, listed, mapped, target
+from sglang_minimax.parsers.schema_parts import Schema, target, types_named
 
 # References and alternatives of one tool that are followed; a program writes a thousand parameters
 # with a few each.
 _MOST_STEPS = 5_000
+# Copies of definitions in all values of one tool: xgrammar needs half a second for so many.
+_MOST_COPIES = 1_000
 
 _KEYWORDS_OF = {
     "object": ("properties", "additionalProperties", "patternProperties"),
@@ -23,26 +27,19 @@ _KEYWORDS_OF = {
     "number": ("minimum", "maximum", "multipleOf", "exclusiveMinimum", "exclusiveMaximum"),
 }
 _ALL = ("string", "number", "boolean", "null", "object", "array")
-_KNOWN = frozenset((*_ALL, "integer"))
-# Keywords whose value has a schema for each name, and those whose value is data.
-_SCHEMAS_BY_NAME = ("properties", "patternProperties", "dependentSchemas")
+#: Keywords whose value has a schema for each name.
+SCHEMAS_BY_NAME = ("properties", "patternProperties", "dependentSchemas")
 _DEFINITIONS = ("$defs", "definitions")
 _DATA = ("const", "enum", "default", "examples", "example")
 
 
 def types_of(schema: Schema) -> Sequence[str]:
-    """The types that the schema names, or that its other keywords are about."""
-    if types := _known_types(schema.get("type")):
+    """The types that the schema names, or those that the keywords of `_KEYWORDS_OF` speak of."""
+    if types := types_named(schema):
         return types
     return [
         kind for kind, keywords in _KEYWORDS_OF.items() if any(key in schema for key in keywords)
     ] or _ALL
-
-
-def _known_types(named: Any) -> list[str]:
-    """Types in small letters; none where one is unknown, which may be anything."""
-    types = [str(each).lower() for each in (named if isinstance(named, (list, tuple)) else [named])]
-    return types if _KNOWN.issuperset(types) else []
 
 
 class Root:
@@ -51,6 +48,7 @@ class Root:
     def __init__(self, schema: Schema) -> None:
         self.schema = schema
         self._steps = 0
+        self._copies = 0
         # By reference: its name in every part, its target, and what that refers to.
         self._names: dict[str, str] = {}
         self._targets: dict[str, tuple[Any, set[str]]] = {}
@@ -72,80 +70,82 @@ class Root:
         return target(self.schema, reference)
 
     def with_definitions(self, part: Schema) -> dict[str, Any]:
-        """The part as a schema of its own: what it refers to comes along, and nothing else."""
-        moved, waiting = self._moved(part)
+        """The part as a schema of its own: what it refers to comes along, and nothing else.
+
+        Where that is too much for one tool, a reference says nothing.
+        """
+        moved, waiting = self._carried(part)
         definitions: dict[str, Any] = {}
         while waiting:
             reference = waiting.pop()
             name = self._names[reference]
             if name not in definitions:
+                if self._copies + len(definitions) >= _MOST_COPIES:
+                    return dict(_adapted(part, lambda _: None))
                 if reference not in self._targets:
-                    self._targets[reference] = self._moved(self._found(reference))
+                    self._targets[reference] = self._carried(self._found(reference))
                 definitions[name], more = self._targets[reference]
                 waiting |= more
+        self._copies += len(definitions)
         return {**moved, "$defs": definitions} if definitions else moved
 
-    def _moved(self, schema: Any) -> tuple[Any, set[str]]:
+    def _carried(self, schema: Any) -> tuple[Any, set[str]]:
         """The schema for use in another one, and the references in it that lead somewhere."""
         used: set[str] = set()
 
-        def refer(reference: Any) -> Any:
+        def refer(reference: Any) -> str | None:
             if self._found(reference) is None:
-                return reference
+                return None
             used.add(reference)
             return f"#/$defs/{self._names.setdefault(reference, str(len(self._names)))}"
 
-        return _moved(schema, refer), used
+        return _adapted(schema, refer), used
 
 
-def _moved(node: Any, refer: Callable[[Any], Any]) -> Any:
-    """A schema for use in another one, with the types that xgrammar knows.
+def _adapted(node: Any, refer: Callable[[Any], str | None]) -> Any:
+    """A schema for use in another one, with the types and patterns as xgrammar takes them.
 
-    refer: gives the new form of a reference.
+    refer: gives the new form of a reference, None to leave it out.
     """
     if isinstance(node, (list, tuple)):
-        return [_moved(each, refer) for each in node]
+        return [_adapted(each, refer) for each in node]
     if not isinstance(node, Mapping):
         return node
-    moved: dict[str, Any] = {}
+    adapted: dict[str, Any] = {}
     for key, value in node.items():
         if key == "type":
-            if types := _known_types(value):
-                moved[key] = types if len(types) > 1 else types[0]
+            if types := types_named(node):
+                adapted[key] = types if len(types) > 1 else types[0]
         elif key == "$ref":
-            moved[key] = refer(value)
+            if (reference := refer(value)) is not None:
+                adapted[key] = reference
+        elif key == "pattern":
+            if _is_for_all_of_a_json_string(value):
+                adapted[key] = value
         elif key in _DATA:
-            moved[key] = value
-        elif key in _SCHEMAS_BY_NAME and isinstance(value, Mapping):
-            moved[key] = {name: _moved(each, refer) for name, each in value.items()}
+            if value != [] or key != "enum":
+                adapted[key] = value
+        elif key in SCHEMAS_BY_NAME and isinstance(value, Mapping):
+            name = _whole if key == "patternProperties" else str
+            adapted[key] = {name(each): _adapted(part, refer) for each, part in value.items()}
         elif key not in _DEFINITIONS:  # they come along where something refers to them
-            moved[key] = _moved(value, refer)
-    return moved
+            adapted[key] = _adapted(value, refer)
+    return adapted
 
 
-def resolved(schema: Schema, root: Root, depth: int = 0) -> Schema:
-    """The schema without `$ref` and `allOf` at its top."""
-    parts = [each for each in listed(schema, "allOf") if isinstance(each, Mapping)]
-    if "$ref" in schema:
-        parts.append(root.target(schema["$ref"]))
-    if not parts:
-        return schema
-    if root.is_too_much(depth):
-        return {}
-    rest = {key: value for key, value in schema.items() if key not in ("$ref", "allOf")}
-    return merged([*(resolved(each, root, depth + 1) for each in parts), rest])
+def _is_for_all_of_a_json_string(pattern: Any) -> bool:
+    """Whether xgrammar, for which a string has no escapes then, allows what the pattern does."""
+    found = anchored(pattern)
+    return (
+        found is not None
+        and found.is_whole
+        and not any(may_match(found.pattern, each) for each in '"\\\n')
+    )
 
 
-def merged(schemas: Iterable[Schema]) -> dict[str, Any]:
-    """All hold: properties and required names come together, for the rest the last one counts."""
-    total: dict[str, Any] = {}
-    for each in schemas:
-        properties = {**mapped(total, "properties"), **mapped(each, "properties")}
-        names = [*listed(total, "required"), *listed(each, "required")]
-        required = list(dict.fromkeys(name for name in names if isinstance(name, str)))
-        total.update(each)
-        if properties:
-            total["properties"] = properties
-        if required:
-            total["required"] = required
-    return total
+def _whole(pattern: Any) -> str:
+    """The pattern of a key, for all of the key; any where it cannot be said."""
+    found = anchored(pattern)
+    if found is None:
+        return "^.*$"
+    return f"^{found.pattern}{'' if found.is_whole else '.*'}$"

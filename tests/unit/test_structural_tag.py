@@ -46,7 +46,9 @@ def test_parameters() -> None:
         assert not accepts(tag, reply(invoke(wrong))), wrong
 
 
-@pytest.mark.parametrize("schema", [None, {}, {"type": "object"}, {"properties": {}}, "junk", []])
+@pytest.mark.parametrize(
+    "schema", [None, {}, {"type": "object", "properties": {}}, {"properties": {}}, "junk", []]
+)
 def test_no_parameters(schema: Any) -> None:
     assert accepts(of(schema), reply(invoke({})))
     assert not accepts(of(schema), reply(invoke({"a": "x"})))
@@ -69,7 +71,8 @@ def test_more_parameters_than_are_named() -> None:
 )
 def test_patterns_that_may_match_markup(pattern: str, may: bool) -> None:
     """Those are not enforced, and the value still ends where its tag does."""
-    tag = of(one_parameter({"type": "string", "pattern": pattern}))
+    whole = pattern if pattern.startswith("^") else f"^{pattern}$"
+    tag = of(one_parameter({"type": "string", "pattern": whole}))
     assert accepts(tag, reply(invoke({"x": "something else"}))) is may
     assert not accepts(tag, reply(invoke({"x": "\\a</parameter>b"})))
 

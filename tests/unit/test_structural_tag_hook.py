@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from http import HTTPStatus
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.constrained.base_grammar_backend import InvalidGrammarObject
+from sglang.srt.constrained.grammar_manager import GrammarManager
+from sglang.srt.entrypoints.openai.protocol import (
+    ChatCompletionRequest,
+    Tool,
+    ToolChoice,
+    ToolChoiceFuncName,
+)
 from sglang.srt.entrypoints.openai.protocol import Function as ToolFunction
-from sglang.srt.entrypoints.openai.protocol import Tool, ToolChoice, ToolChoiceFuncName
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
+from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.parser.reasoning_parser import ReasoningParser
 from sglang.srt.parser.template_detection import (
     detect_reasoning_parser,
     detect_tool_call_parser,
     resolve_auto_parsers,
 )
+from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 
 from sglang_minimax import TINY_M2
@@ -61,10 +72,32 @@ def test_forced_calls_are_native(choice: Any, parallel: bool, options: dict[str,
     f, g = invoke({"a": "x"}), invoke({"a": "x"}, "g")
     assert accepts(tag, reply(f))
     assert accepts(tag, reply(g)) == (choice == "required")
-    assert accepts(tag, reply(f, f)) == (choice == "required" and parallel)
-    options["reasoning_parser"] = None
-    _, tag = parser.get_structure_constraint(choice)
-    assert accepts(tag, "So.</think>" + reply(f))
+    for several in (reply(f, f), reply(f, g), reply(g, f, f)):
+        assert accepts(tag, several) == (choice == "required" and parallel)
+    # Forced calls follow the schema, whether or not their tool is strict.
+    assert not accepts(tag, reply(invoke({"b": 1})))
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED, "auto"], ids=["required", "named", "auto"])
+@pytest.mark.parametrize(
+    ("reasoning_parser", "thinking_mode", "expected"),
+    [("minimax", False, False), ("minimax", True, True), (None, False, True), (None, True, True)],
+)
+def test_who_has_the_thought(
+    choice: Any,
+    reasoning_parser: str | None,
+    thinking_mode: bool,
+    expected: bool,
+    options: dict[str, Any],
+) -> None:
+    """The grammar where SGLang says so, or has no parser that would keep it from the grammar."""
+    options["reasoning_parser"] = reasoning_parser
+    parser = FunctionCallParser([tool("f", is_strict=True)], "minimax-m2")
+    _, tag = parser.get_structure_constraint(choice, thinking_mode=thinking_mode)
+    written = reply(invoke({"a": "x"}))
+    assert accepts(tag, written) is not expected
+    # Under "auto" the same characters may also be text.
+    assert accepts(tag, "So.</think>" + written) is (expected or choice == "auto")
 
 
 def test_strict_tools_are_native(options: dict[str, Any]) -> None:
@@ -124,6 +157,65 @@ def test_other_grammar_backends_have_json(backend: str, options: dict[str, Any])
         kind, schema = parser.get_structure_constraint(choice)
         assert (kind, schema["type"]) == ("json_schema", "array")
     assert parser.get_structure_constraint("auto") is None
+
+
+def test_without_a_grammar_backend_forced_calls_are_refused(options: dict[str, Any]) -> None:
+    """With status 400, by SGLang: what it makes of our answer is a grammar, and it has none."""
+    options["grammar_backend"] = "none"
+    parser = FunctionCallParser([tool("f")], "minimax-m2")
+    assert not parser.detector.supports_structural_tag()
+    assert parser.detector.get_structural_tag(parser.tools, "required") is None
+    forced = ChatCompletionRequest(
+        model="m",
+        messages=[{"role": "user", "content": "Hello!"}],
+        tools=[tool("f")],
+        tool_choice="required",
+    )
+    constraint = parser.get_structure_constraint("required")
+    found = SamplingParams(**forced.to_sampling_params([], {}, constraint))
+    assert found.json_schema is not None
+    refusals: list[str] = []
+    manager = GrammarManager.__new__(GrammarManager)
+    manager.grammar_backend = None
+    asked = SimpleNamespace(sampling_params=found, set_finish_with_abort=refusals.append)
+    assert not manager.process_req_with_grammar(asked)
+    (refusal,) = refusals
+    assert "--grammar-backend none" in refusal
+    status = inspect.signature(Req.set_finish_with_abort).parameters["status_code"]
+    assert status.default == HTTPStatus.BAD_REQUEST
+
+
+def compiled(value: dict[str, Any]) -> Any:
+    """What SGLang makes of the grammar that forces a call with such a parameter."""
+    key = json.dumps(of(one_parameter(value)).model_dump(by_alias=True))
+    return backend()._init_value_dispatch(("structural_tag", key), True)
+
+
+EMPTY = {"type": "integer", "minimum": 5, "maximum": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (EMPTY, "minimum greater than maximum"),
+        ({"type": "array", "items": EMPTY}, "minimum greater than maximum"),
+        ({"type": "array", "minItems": 2, "maxItems": 1}, "minItems is greater than maxItems"),
+        ({"enum": ["a\x00"]}, "NUL bytes"),
+    ],
+    ids=["range", "range_within", "items", "zero"],
+)
+def test_a_schema_that_xgrammar_cannot_compile(value: dict[str, Any], message: str) -> None:
+    found = compiled(value)
+    assert isinstance(found, InvalidGrammarObject)
+    assert message in found.error_message
+
+
+def test_a_reference_that_leads_nowhere_is_compiled() -> None:
+    value = {"type": "array", "items": {"$ref": "#/nowhere"}}
+    assert not isinstance(compiled(value), InvalidGrammarObject)
+    for items in ([], [1, "a"]):
+        assert accepts(of(one_parameter(value)), reply(invoke({"x": items})))
+    assert not accepts(of(one_parameter(value)), reply(invoke({"x": {}})))
 
 
 def test_auto_detection_finds_ours() -> None:

@@ -17,7 +17,7 @@ import xgrammar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_minimax.parsers import structural_tag
+from sglang_minimax.parsers import string_format
 from sglang_minimax.parsers.structural_tag import Function, forced, strict
 from tests.grammars import VALUES, accepts, calls_in, invoke, matcher, of, one_parameter, reply
 
@@ -79,7 +79,7 @@ def test_whatever_is_allowed_is_valid_together(seed: int) -> None:
         jsonschema.validate(arguments, schemas[name])
 
 
-@pytest.mark.parametrize("kind", [*structural_tag._FORMATS, *structural_tag._PATTERN_OF_FORMAT])
+@pytest.mark.parametrize("kind", [*string_format._FORMATS, *string_format._PATTERN_OF_FORMAT])
 def test_no_format_has_markup(kind: str) -> None:
     tag = of(one_parameter({"type": "string", "format": kind}))
     for seed in range(20):
