@@ -201,7 +201,7 @@ def main(
     results: Annotated[Path, typer.Option(help="Folder of what is written.")] = common.RESULTS,
 ) -> None:
     """Measure, print the tables, write the JSON and its plot."""
-    console = Console(width=max(Console().width, 170))
+    console = Console(width=max(Console().width, 190))
     unknown = sorted(set(content or ()) - CONTENTS.keys())
     if unknown:
         raise typer.BadParameter(f"no content {unknown[0]!r}; there are {', '.join(CONTENTS)}")

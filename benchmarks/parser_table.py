@@ -12,7 +12,7 @@ HEAD = (
     "argument",
     *("CPU, in-tree", "ours"),
     *("first text after, in-tree", "ours"),
-    *("longest step, in-tree", "ours"),
+    *("longest step (median of runs), in-tree", "ours"),
     *("result, in-tree", "ours"),
 )
 

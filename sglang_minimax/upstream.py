@@ -223,7 +223,7 @@ PATCHES: tuple[Patch, ...] = (
         replacement="sglang_minimax.patches.chat:leave_cut_calls_out",
         scope=Scope.MODEL,
         why="a call that was cut off becomes a tool_use block with the input {}",
-        how="leaves it out, for minimax-m2",
+        how="leaves it out and says which stop string cut it, for minimax-m2",
         upstream="srt/entrypoints/anthropic/serving.py:1313",
         exit="SGLang leaves such calls out itself",
     ),

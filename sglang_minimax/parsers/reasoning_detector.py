@@ -6,6 +6,7 @@ from typing import Any
 
 from sglang.srt.parser.reasoning_parser import BaseReasoningFormatDetector, StreamingParseResult
 
+from sglang_minimax.parsers.continued import text_of
 from sglang_minimax.parsers.markup import BLOCK_OPEN, THINK_CLOSE, THINK_OPEN
 from sglang_minimax.parsers.reasoning import Parts, ReasoningParser
 
@@ -29,8 +30,6 @@ class MinimaxDetector(BaseReasoningFormatDetector):
         previous_content: Any = "",
         force_nonempty_content: bool = False,
     ) -> None:
-        # A message to be continued may have no content, or content in parts.
-        previous = previous_content if isinstance(previous_content, str) else ""
         super().__init__(
             THINK_OPEN,
             THINK_CLOSE,
@@ -40,13 +39,14 @@ class MinimaxDetector(BaseReasoningFormatDetector):
             stream_reasoning=stream_reasoning,
             tool_start_token=BLOCK_OPEN,
             continue_final_message=continue_final_message,
-            previous_content=previous,
+            previous_content=text_of(previous_content),
             thinks_internally=True,
             reasoning_default="always",
             force_nonempty_content=force_nonempty_content,
         )
         self._parser = ReasoningParser(inside=self._in_reasoning)
-        self._thoughts = ""  # held back until the reasoning has ended, where it is not streamed
+        # Held back where reasoning is not streamed; else what may have to be the content as well.
+        self._thoughts: list[str] = []
 
     def detect_and_parse(self, text: str) -> StreamingParseResult:
         """A whole reply."""
@@ -58,29 +58,40 @@ class MinimaxDetector(BaseReasoningFormatDetector):
         """More of a reply."""
         found = self._parser.feed(new_text)
         self._in_reasoning = self._parser.is_thinking
-        if not self.stream_reasoning:
-            self._thoughts += found.reasoning
-            if self._parser.is_thinking:
-                return StreamingParseResult()
-            found, self._thoughts = Parts(self._thoughts, found.content), ""
-        if self._force_nonempty_content:
-            self._accumulated_reasoning += found.reasoning
-            if found.content:
-                self._force_nonempty_content = False
-        return _reasoning_result(found)
+        if found.content:
+            self._force_nonempty_content = False
+        if self.stream_reasoning:
+            if self._force_nonempty_content:
+                self._thoughts.append(found.reasoning)
+            return _reasoning_result(found)
+        self._thoughts.append(found.reasoning)
+        if self._in_reasoning or self._force_nonempty_content:
+            return StreamingParseResult()
+        return _reasoning_result(Parts(self._taken_thoughts(), found.content))
 
     def finish(self) -> StreamingParseResult:
         """The reply has ended."""
-        found = Parts(self._thoughts, "") + self._parser.finish()
-        self._thoughts = ""
-        if self._force_nonempty_content and not found.content:
-            # What was streamed as reasoning is all there is: it is the content as well.
-            return StreamingParseResult(normal_text=self._accumulated_reasoning + found.reasoning)
-        return _reasoning_result(found)
+        rest = self._parser.finish()
+        thoughts = self._taken_thoughts()
+        if self._force_nonempty_content and not rest.content:
+            # The thought is all there is, so it is the content. What has been streamed of it as
+            # reasoning cannot be taken back and comes a second time, as in SGLang's base class:
+            # who sets the option reads the content and counts on it.
+            return StreamingParseResult(normal_text=thoughts + rest.reasoning)
+        if self.stream_reasoning:
+            return _reasoning_result(rest)
+        return _reasoning_result(Parts(thoughts, "") + rest)
+
+    def _taken_thoughts(self) -> str:
+        thoughts, self._thoughts = "".join(self._thoughts), []
+        return thoughts
 
 
 class MinimaxAppendThinkDetector(MinimaxDetector):
-    """Everything is content, with the `<think>` that the chat template has opened put before it."""
+    """Everything is content, with the `<think>` that the chat template has opened put before it.
+
+    Not before the rest of a message: the reply goes on in the middle of it.
+    """
 
     def detect_and_parse(self, text: str) -> StreamingParseResult:
         """A whole reply."""
@@ -95,7 +106,8 @@ class MinimaxAppendThinkDetector(MinimaxDetector):
         return StreamingParseResult()
 
     def _opening(self) -> str:
-        opening = "" if self.stripped_think_start else THINK_OPEN
+        is_begun = self.stripped_think_start or self.previous_content
+        opening = "" if is_begun else THINK_OPEN
         self.stripped_think_start = True
         return opening
 

@@ -17,10 +17,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from sglang_minimax.parsers.continued import text_of
 from sglang_minimax.parsers.markup import BLOCK_OPEN, THINK_CLOSE
 from sglang_minimax.patches.parsers import REASONING_NAMES
 
 _ENDS = "_minimax_ends_of_a_reply"
+#: Where our reasoning parsers are. By name: other models need not import them.
+_OURS = "sglang_minimax.parsers.reasoning_detector"
 
 
 def know_what_ends_a_reply(original: Callable[..., None]) -> Callable[..., None]:
@@ -32,13 +35,12 @@ def know_what_ends_a_reply(original: Callable[..., None]) -> Callable[..., None]
         grammar_backend: Any,
         reasoning_parser: Any,
         tokenizer: Any,
-        enable_strict_thinking: bool = False,
+        *rest: Any,
+        **named: Any,
     ) -> None:
-        original(self, grammar_backend, reasoning_parser, tokenizer, enable_strict_thinking)
-        from sglang_minimax.parsers.reasoning_detector import MinimaxDetector
-
-        is_ours = isinstance(reasoning_parser.detector, MinimaxDetector)
-        setattr(self, _ENDS, ends_of_a_reply(tokenizer) if is_ours else [])
+        original(self, grammar_backend, reasoning_parser, tokenizer, *rest, **named)
+        if type(reasoning_parser.detector).__module__ == _OURS:
+            setattr(self, _ENDS, ends_of_a_reply(tokenizer))
 
     return __init__
 
@@ -47,9 +49,9 @@ def keep_them_from_thoughts(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `ReasonerGrammarBackend._make_grammar_object(grammar, reasoning)`."""
 
     @functools.wraps(original)
-    def _make_grammar_object(self: Any, grammar: Any, reasoning: bool) -> Any:
-        made = original(self, grammar, reasoning)
-        ends = getattr(self, _ENDS, [])
+    def _make_grammar_object(self: Any, grammar: Any, *rest: Any, **named: Any) -> Any:
+        made = original(self, grammar, *rest, **named)
+        ends = getattr(self, _ENDS, ())
         if ends and grammar is not None and self.grammar_backend.is_support_token_filter:
             made.think_excluded_token_ids = [*(made.think_excluded_token_ids or ()), *ends]
             made.token_filter_fn = self.grammar_backend.set_token_filter
@@ -78,9 +80,7 @@ def _continues_an_answer(request: Any) -> bool:
     if not request.continue_final_message or not request.messages:
         return False
     last = request.messages[-1]
-    return (
-        last.role == "assistant" and isinstance(last.content, str) and THINK_CLOSE in last.content
-    )
+    return last.role == "assistant" and THINK_CLOSE in text_of(last.content)
 
 
 def ends_of_a_reply(tokenizer: Any) -> list[int]:

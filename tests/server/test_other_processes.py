@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import httpx
+from openai import OpenAI
 
 from sglang_minimax import TINY_M2, __version__
 from sglang_minimax.cli.local_server import LocalServer
 from sglang_minimax.validation.random_checkpoint import write_random_checkpoint
 from tests.engine.conftest import HUB_FORM
+from tests.server.forced import reply
 
 SERVES = f"sglang-minimax {__version__} serves MiniMaxM2ForCausalLM"
+WRITE = {
+    "type": "function",
+    "function": {
+        "name": "write",
+        "parameters": {"type": "object", "properties": {"text": {"type": "string"}}},
+    },
+}
+CODE = 'if a < b:\n    return "}"\n'
+TEXT = (
+    "\n\nNow.\n<minimax:tool_call>\n"
+    f'<invoke name="write">\n<parameter name="text">{CODE}</parameter>\n</invoke>\n'
+    "</minimax:tool_call>"
+)
 
 
 def test_the_offline_benchmark(tmp_path: Path) -> None:
@@ -51,17 +66,20 @@ def test_several_tokenizer_workers() -> None:
                 time.sleep(0.2)
             assert sum(name.startswith("sglang::tokenize") for name in names) == 2, names
             for _ in range(4):
-                reply = httpx.post(
-                    f"{server.url}/v1/chat/completions",
-                    json={
-                        "messages": [{"role": "user", "content": "What is 47 + 38?"}],
-                        "temperature": 0,
-                    },
-                    timeout=60,
-                )
-                message = reply.json()["choices"][0]["message"]
-                assert message["content"].endswith("#### 85")
-                # In-tree leaves the template's line breaks where they are.
-                assert not message["content"].startswith("\n")
+                _parses(server)
         log.seek(0)
         assert SERVES in log.read().decode()
+
+
+def _parses(server: LocalServer) -> None:
+    """One reply whole and one streamed, each by a connection of its own, which any worker takes."""
+    for stream in (False, True):
+        url = f"{server.url}/v1"
+        with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
+            found = reply(client, TEXT, stream=stream, tools=[WRITE])
+        # In-tree leaves the template's line breaks where they are.
+        assert found["reasoning"]
+        assert found["content"] == "Now."
+        # It strips the value, and streams what is not JSON.
+        calls = [(name, json.loads(given)) for name, given in found["calls"].values()]
+        assert calls == [("write", {"text": CODE})]

@@ -80,11 +80,16 @@ def test_not_streamed_reasoning_that_is_cut_off(client: Any) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("begun", "is_content"),
-    [("47+38:", False), ("47+38=85\n</think>\n\nThe answer is", True), ("", False)],
-    ids=["inside", "after", "empty"],
+    [
+        ("47+38:", False),
+        ("47+38=85\n</think>\n\nThe answer is", True),
+        ([{"type": "text", "text": "47+38=85\n</think>\n\nThe answer is"}], True),
+        ("", False),
+    ],
+    ids=["inside", "after", "after_in_parts", "empty"],
 )
 def test_a_message_that_is_continued(
-    client: Any, begun: str, is_content: bool, stream: bool
+    client: Any, begun: Any, is_content: bool, stream: bool
 ) -> None:
     messages = [{"role": "user", "content": SUM}, {"role": "assistant", "content": begun}]
     options = {"max_tokens": 40, "extra_body": {"continue_final_message": True}}
@@ -94,6 +99,17 @@ def test_a_message_that_is_continued(
     assert "think>" not in reply["content"] + reply["reasoning"]
     if is_content:
         assert reply["content"]
+
+
+def test_a_thought_alone_is_the_content_where_a_request_wants_some(client: Any) -> None:
+    """`both`: with streaming it comes once too, if nothing of it has been sent before."""
+    wanted = {"chat_template_kwargs": {"force_nonempty_content": True}, "stream_reasoning": False}
+    reply = both(client, "\n\n", extra_body=wanted)
+    assert reply["content"]
+    assert reply["reasoning"] == ""
+    cut = {"max_tokens": 3, "extra_body": wanted}
+    reply = both(client, "Never said.", **cut)
+    assert (bool(reply["content"]), reply["reasoning"]) == (True, "")
 
 
 def test_append_think(server: LocalServer) -> None:

@@ -74,6 +74,41 @@ def test_a_call_is_incomplete_until_it_ends() -> None:
     assert found.detector.incomplete_tool_call_indices == set()
 
 
+def test_a_call_that_is_cut_off_stays_incomplete() -> None:
+    """Behind the end of the reply too; SGLang reads the finish reason off it."""
+    found = parser()
+    found.parse_stream_chunk(TEXT[: TEXT.index("y")])
+    found.parse_stream_end()
+    assert found.detector.incomplete_tool_call_indices == {1}
+    whole = parser()
+    whole.parse_non_stream(TEXT[: TEXT.index("y")])
+    assert whole.detector.incomplete_tool_call_indices == {1}
+
+
+@pytest.mark.parametrize("streamed_before", [True, False])
+def test_a_whole_reply_begins_anew(streamed_before: bool) -> None:
+    """Whatever the same detector was given before."""
+    found = MinimaxM2Detector()
+    cut = TEXT[: TEXT.index("y")]
+    if streamed_before:
+        found.parse_streaming_increment(cut, TOOLS)
+    else:
+        found.detect_and_parse(cut, TOOLS)
+    assert found.incomplete_tool_call_indices == {1}
+    result = found.detect_and_parse("plain", TOOLS)
+    assert (result.normal_text, result.calls) == ("plain", [])
+    assert found.incomplete_tool_call_indices == set()
+    result = found.detect_and_parse(TEXT, TOOLS)
+    assert (result.normal_text, [each.tool_index for each in result.calls]) == ("xz", [0, 1])
+
+
+def test_only_an_opening_tag_may_be_a_call() -> None:
+    """SGLang warns of each other reply that it is told to parse."""
+    assert parser().has_tool_call(TEXT)
+    for text in ("", "a < b", "<minimax:tool>", call("1"), "</minimax:tool_call>"):
+        assert not parser().has_tool_call(text)
+
+
 def test_an_unknown_function_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     text = f"<minimax:tool_call>{call('1', 'g')}</minimax:tool_call>"
     with caplog.at_level(logging.WARNING):
