@@ -3,6 +3,9 @@
 A rank that fails would leave the others in their next collective. So each says how its load ended
 in the store through which the ranks of torch.distributed have met, looks there while it reads, and
 waits there for the others. The first failure becomes the error of every rank; rank 0 prints it.
+
+The store is rank 0's, and is gone when that rank has ended. So it goes last: when the others have
+read why, or have had the time to.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -19,6 +22,8 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_minimax.errors import LoadError, MinimaxError
 
 POLL_SECONDS = 0.05
+#: How long rank 0 waits for ranks that have not read the failure; those that read files look often.
+PATIENCE_SECONDS = 10.0
 #: Number of the load, the same on all ranks, for keys of the store that no other load has.
 _loads = itertools.count()
 
@@ -66,6 +71,38 @@ class SharedFate:
                 raise LoadError(sentence)
             time.sleep(POLL_SECONDS)
 
+    def leave(self) -> None:
+        """Called on a rank that knows of the failure and will end; rank 0 goes last."""
+        if self._store is None:
+            return
+        left = self._store.add(f"{self._key}/left", 1)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self._rank == 0 and left < self._size and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+            left = self._store.add(f"{self._key}/left", 0)
+
+    def ended(self, sentence: str, of_all_ranks: bool) -> LoadError:
+        """The error of this rank, which may be the failure of another one that was first."""
+        try:
+            self.fail(sentence, of_all_ranks)
+            told = LoadError(self.stop() or sentence)
+            told.is_told_elsewhere = self._rank != 0
+            self.leave()
+        except dist.DistError:  # rank 0 was killed, and says nothing
+            told = LoadError(f"rank {self._rank}: {sentence}")
+        return told
+
+    def why(self, error: BaseException) -> str | None:
+        """What another rank has said, where `error` came from its leaving; None where it did not.
+
+        That is a collective or the store itself, which ends with rank 0.
+        """
+        try:
+            return self.stop()
+        except dist.DistError:
+            gone = "rank 0 ended during the load; its last lines or the kernel's log say why."
+            return gone if isinstance(error, dist.DistError) else None
+
 
 @contextmanager
 def shared_fate() -> Iterator[SharedFate]:
@@ -75,16 +112,13 @@ def shared_fate() -> Iterator[SharedFate]:
         yield fate
         fate.wait()
     except MinimaxError as error:
-        fate.fail(str(error), error.is_of_all_ranks)
-        told = LoadError(fate.stop() or str(error))
-        told.is_told_elsewhere = fate._rank != 0
-        raise told from error
+        raise fate.ended(str(error), error.is_of_all_ranks) from error
     except BaseException as error:
-        if sentence := fate.stop():  # a collective that another rank has left
-            told = LoadError(sentence)
-            told.is_told_elsewhere = fate._rank != 0
-            raise told from error
-        fate.fail(f"the load ended with {type(error).__name__}: {error}")
+        if sentence := fate.why(error):
+            raise fate.ended(sentence, of_all_ranks=False) from error
+        with suppress(dist.DistError):
+            fate.fail(f"the load ended with {type(error).__name__}: {error}")
+            fate.leave()
         raise
 
 
