@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import math
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -31,6 +32,8 @@ PARSERS = ("--tool-call-parser", "minimax-m2", "--reasoning-parser", "minimax")
 POLL = 0.2
 
 _PR_SET_PDEATHSIG = 1
+_EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LOWEST_PORT = 16384
 
 
 class ServerFailed(MinimaxError):
@@ -38,10 +41,25 @@ class ServerFailed(MinimaxError):
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that is free at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of the loopback interface that is free at this moment.
+
+    Below those that the kernel gives out by itself, where there are such: a server opens its port
+    only after its ranks have opened dozens for each other.
+    """
+    below = range(_LOWEST_PORT, _first_ephemeral_port())
+    # Not of the seed that a test may have set: processes would all choose alike.
+    tries = [random.SystemRandom().choice(below) for _ in range(100)] if below else []
+    for port in (*tries, 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise ServerFailed("no TCP port of 127.0.0.1 is free.")
+
+
+def _first_ephemeral_port() -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(_EPHEMERAL_PORTS.read_text().split()[0])
+    return 0
 
 
 class LocalServer:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from sglang_minimax.cli import local_server
 from sglang_minimax.cli.demo import calculate, final_answer
 from sglang_minimax.cli.local_server import LocalServer, ServerFailed
 from sglang_minimax.cli.serve import curl_line
@@ -102,6 +105,29 @@ def test_serve_ends_well_wherever_the_signal_meets_it(
         assert process.wait(30) == 0
     assert "stopping" in printed
     assert not psutil.pid_exists(int(child.split()[1]))
+
+
+def test_a_free_port_is_none_that_a_socket_of_the_ranks_may_take(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        lowest = local_server._first_ephemeral_port()
+        assert 0 < lowest <= other.getsockname()[1]
+    assert all(16384 <= local_server.free_port() < lowest for _ in range(50))
+    # Where the kernel gives out all of them, or does not say.
+    for range_of_ports in ("1024 65535", ""):
+        (tmp_path / "range").write_text(range_of_ports)
+        monkeypatch.setattr(local_server, "_EPHEMERAL_PORTS", tmp_path / "range")
+        assert local_server.free_port() > 0
+
+
+def test_a_free_port_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", local_server.free_port()))
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(random.SystemRandom, "choice", lambda self, ports: port)
+        assert local_server.free_port() != port
 
 
 def test_stop_before_start_does_nothing() -> None:
