@@ -10,13 +10,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sglang_minimax.cli.local_server import LocalServer
+from sglang_minimax.cli.local_server import LocalServer, ServerFailed
 
 QUESTION = "What is 47 + 38?"
 
 
 def serve(model: Path, host: str, port: int, arguments: Sequence[str]) -> int:
-    """Run the server in the foreground until it ends or is told to stop; return its status."""
+    """Run the server in the foreground until it ends or is told to stop; return its status.
+
+    Raises ServerFailed where `model` is no checkpoint folder, or the server does not start.
+    """
+    if not (model / "config.json").is_file():
+        raise ServerFailed(
+            f"{model} holds no config.json; give --model the folder of a checkpoint."
+        )
     console = Console(highlight=False, soft_wrap=True)
     server = LocalServer(
         model, host=host, port=port, arguments=["--log-level", "warning", *arguments]

@@ -63,7 +63,7 @@ def test_a_server_that_does_not_answer_is_stopped_with_its_children() -> None:
 #: `serve` with a server that needs long, interrupted by signal {number} in the middle of {what}.
 INTERRUPTED = """
 import os, subprocess, sys
-from pathlib import Path
+from sglang_minimax import TINY_M2
 from sglang_minimax.cli import local_server, serve
 
 class Slow(local_server.LocalServer):
@@ -85,7 +85,7 @@ class Popen(subprocess.Popen):
 
 subprocess.Popen = Popen
 serve.LocalServer = Slow
-sys.exit(serve.serve(Path("m"), "127.0.0.1", local_server.free_port(), []))
+sys.exit(serve.serve(TINY_M2, "127.0.0.1", local_server.free_port(), []))
 """
 
 
@@ -128,6 +128,16 @@ def test_a_free_port_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         port = taken.getsockname()[1]
         monkeypatch.setattr(random.SystemRandom, "choice", lambda self, ports: port)
         assert local_server.free_port() != port
+
+
+def test_a_model_that_is_no_folder_is_one_sentence(tmp_path: Path) -> None:
+    command = [*(sys.executable, "-m", "sglang_minimax.cli.main", "serve", "--model")]
+    ended = subprocess.run([*command, str(tmp_path / "no")], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    (line,) = ended.stderr.splitlines()
+    assert str(tmp_path / "no") in line
+    assert "--model" in line
 
 
 def test_stop_before_start_does_nothing() -> None:
