@@ -21,13 +21,7 @@ from typing import Any
 
 from sglang_minimax.parsers.schema_parts import TYPES, listed, mapped, target, types_named
 
-STRING = "string"
-INTEGER = "integer"
-NUMBER = "number"
-BOOLEAN = "boolean"
-NULL = "null"
-OBJECT = "object"
-ARRAY = "array"
+STRING, INTEGER, NUMBER, BOOLEAN, NULL, OBJECT, ARRAY = TYPES
 ALL = frozenset(TYPES)
 
 # A schema may refer to itself; no type is decided that deep.

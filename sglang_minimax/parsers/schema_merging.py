@@ -5,6 +5,7 @@ No SGLang, no xgrammar.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 from typing import Any
@@ -88,7 +89,16 @@ def _names(one: list[Any], other: list[Any]) -> list[str]:
 
 
 def _common(one: list[Any], other: list[Any]) -> list[Any]:
-    return [each for each in one if each in other]
+    """Compared by key, as there may be thousands of them."""
+    keys = {_key(each) for each in other}
+    return [each for each in one if _key(each) in keys]
+
+
+def _key(value: Any) -> tuple[str, Any]:
+    """The same for equal values of JSON: 1 and 1.0, but not 1 and true."""
+    if isinstance(value, (dict, list, tuple)):
+        return "json", json.dumps(value, sort_keys=True)
+    return "bool" if isinstance(value, bool) else "", value
 
 
 def _pairs(one: list[Any], other: list[Any]) -> list[Any]:

@@ -154,7 +154,8 @@ def _properties(schema: Schema, root: Root, depth: int) -> list[Format]:
     """The parameters of one call, one after the other."""
     if (branches := _branches(schema, root, depth)) is not None:
         return [either([sequence(_properties(each, root, depth + 1)) for each in branches])]
-    required = [name for name in listed(schema, "required") if isinstance(name, str)]
+    # A dict for its order: a tool may have thousands of names.
+    required = dict.fromkeys(each for each in listed(schema, "required") if isinstance(each, str))
     declared = mapped(schema, "properties")
     found: list[Format] = []
     for name, value in declared.items():

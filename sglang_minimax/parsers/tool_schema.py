@@ -12,7 +12,7 @@ from typing import Any
 
 from sglang_minimax.parsers.patterns import anchored, may_match
 from sglang_minimax.parsers.schema import DEEPEST
-from sglang_minimax.parsers.schema_parts import Schema, target, types_named
+from sglang_minimax.parsers.schema_parts import TYPES, Schema, target, types_named
 
 # References and alternatives of one tool that are followed; a program writes a thousand parameters
 # with a few each.
@@ -26,7 +26,8 @@ _KEYWORDS_OF = {
     "string": ("pattern", "format", "minLength", "maxLength"),
     "number": ("minimum", "maximum", "multipleOf", "exclusiveMinimum", "exclusiveMaximum"),
 }
-_ALL = ("string", "number", "boolean", "null", "object", "array")
+# Every integer is a number.
+_ALL = tuple(each for each in TYPES if each != "integer")
 #: Keywords whose value has a schema for each name.
 SCHEMAS_BY_NAME = ("properties", "patternProperties", "dependentSchemas")
 _DEFINITIONS = ("$defs", "definitions")

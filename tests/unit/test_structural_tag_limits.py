@@ -52,6 +52,7 @@ PARAMETERS: list[tuple[Any, list[Any], list[Any]]] = [
     ({**STRING, "anyOf": [{"enum": ["a"]}, False]}, ["a"], ["zzz"]),
     # Several schemas of the same.
     ({"allOf": [{"enum": ["a", "b"]}, {"enum": ["b", "c"]}]}, ["b"], ["a", "c"]),
+    ({"allOf": [{"enum": [1, True, [1]]}, {"enum": [1.0, [1], 2]}]}, [1, [1]], [True, 2]),
     ({"allOf": [{"type": ["string", "number"]}, {"type": ["integer", "null"]}]}, [3], [None, "x"]),
     ({"allOf": [{**INTEGER, "minimum": 3}, {"minimum": 1}]}, [3], [2]),
     ({"allOf": [{**INTEGER, "maximum": 3}, {"maximum": 5}]}, [3], [4]),
@@ -199,6 +200,27 @@ def test_data_is_not_taken_for_a_schema() -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [data]}}, "default": data}
     adapted = tool_schema.Root({}).with_definitions({**schema, "examples": [data]})
     assert adapted == {**schema, "examples": [data]}
+
+
+def test_thousands_of_names_and_values_are_looked_at_once() -> None:
+    """The grammar is made in the process of all requests."""
+
+    class Counted(str):
+        seen = 0
+
+        def __eq__(self, other: object) -> bool:
+            Counted.seen += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    names = [Counted(f"n{i}") for i in range(500)]
+    parts: list[dict[str, Any]] = [
+        {"properties": {f"n{i}": {"enum": names} for i in range(500)}, "required": names},
+        {"properties": {"n0": {"enum": names[250:]}}, "required": names[250:]},
+    ]
+    forced([Function("f", {"allOf": parts})], only_one=True, with_thought=False)
+    assert Counted.seen < 20_000  # 500 * 500 / 2 for each comparison of all with all
 
 
 def chained(count: int) -> dict[str, Any]:
