@@ -194,17 +194,20 @@ class _Undecided:
         return self._word
 
     def _container(self, new: str) -> bool:
-        if len(self._bare) < _LOOKED_AT:
-            self._bare += new[:_LOOKED_AT]
-        kind = OBJECT if self._bare[0] == "{" else ARRAY
-        return kind in self._types and _CONTAINER_SO_FAR.fullmatch(self._bare) is not None
+        kind = OBJECT if (self._bare or new)[0] == "{" else ARRAY
+        return kind in self._types and self._begins(_CONTAINER_SO_FAR, new)
 
     def _numeral(self, new: str) -> bool:
         if not {INTEGER, NUMBER} & self._types or not _NUMERAL.issuperset(new):
             return False
-        if len(self._bare) < _LOOKED_AT:
-            self._bare += new[:_LOOKED_AT]
-        return _NUMBER_SO_FAR.fullmatch(self._bare) is not None
+        return self._begins(_NUMBER_SO_FAR, new)
+
+    def _begins(self, pattern: re.Pattern[str], new: str) -> bool:
+        """Whether the text, as far as it is looked at, is a beginning of what is asked for."""
+        if len(self._bare) >= _LOOKED_AT:
+            return True
+        self._bare += new[:_LOOKED_AT]
+        return pattern.fullmatch(self._bare) is not None
 
     def _word(self, new: str) -> bool:
         text = self._bare + new

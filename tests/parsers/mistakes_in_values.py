@@ -195,8 +195,8 @@ IN_VALUES = (
     Mistake(
         "a bracket may always be of what is allowed",
         "values",
-        "        return kind in self._types and _CONTAINER",
-        "        return _CONTAINER",
+        "        return kind in self._types and self",
+        "        return self",
         reply_becomes(
             f'{OPEN}<invoke name="f"><parameter name="u">{{', "", '{"u": "{', complete=False
         ),
@@ -204,7 +204,7 @@ IN_VALUES = (
     Mistake(
         "what follows a bracket is waited for",
         "values",
-        "_CONTAINER_SO_FAR.fullmatch(self._bare) is not None",
+        "self._begins(_CONTAINER_SO_FAR, new)",
         "True",
         reply_becomes(
             f'{OPEN}<invoke name="f"><parameter name="any">[pack',
@@ -216,7 +216,7 @@ IN_VALUES = (
     Mistake(
         "digits and points are a number",
         "values",
-        "        return _NUMBER_SO_FAR.fullmatch(self._bare) is not None\n",
+        "        return self._begins(_NUMBER_SO_FAR, new)\n",
         "        return True\n",
         reply_becomes(
             f'{OPEN}<invoke name="f"><parameter name="m">1.2.3', "", '{"m": "1.2.3', complete=False

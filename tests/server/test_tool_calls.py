@@ -15,6 +15,7 @@ import pytest
 from ci.tiny_m2.dialogues import CALCULATOR
 from sglang_minimax import TINY_M2
 from sglang_minimax.cli.local_server import LocalServer
+from tests import grammars
 from tests.server.forced import both, start
 from tests.server.test_chat import DIFFERENCE, joined
 
@@ -40,14 +41,11 @@ TOOLS = {"tools": [WRITE]}
 
 def invoke(**values: str) -> str:
     """A call of `write` on the wire, values as they are written there."""
-    parameters = "".join(
-        f'<parameter name="{name}">{value}</parameter>\n' for name, value in values.items()
-    )
-    return f'<invoke name="write">\n{parameters}</invoke>\n'
+    return grammars.invoke(values, "write")
 
 
 def block(*calls: str) -> str:
-    return f"\n<minimax:tool_call>\n{''.join(calls)}</minimax:tool_call>"
+    return grammars.reply(*calls, before="\n")
 
 
 def arguments(reply: dict[str, Any]) -> list[Any]:
