@@ -33,6 +33,8 @@ class Launch(legality.Sizes):
     quantization: str | None = None
     moe_a2a_backend: str = "none"
     moe_runner_backend: str = "auto"
+    # The path to the experts that SGLANG_MINIMAX_MOE asks for; None where it names none.
+    moe_exchange: str | None = None
     enable_return_hidden_states: bool = False
     enable_eplb: bool = False
     init_expert_location: str = expert_placement.TRIVIAL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from sglang_minimax.platforms.cpu import support as cpu_support
 from sglang_minimax.support import Launch, notes, refusals
 
 logger = logging.getLogger(__name__)
+
+#: Environment variable that names a path to the experts, one of moe_exchange.paths.FORCEABLE.
+MOE_EXCHANGE = "SGLANG_MINIMAX_MOE"
 
 Step = Callable[[Any], None]
 
@@ -132,6 +136,7 @@ def launch_of(server_args: Any) -> Launch:
         quantization=model_config_of(server_args).quantization,
         moe_a2a_backend=cfg.moe_a2a_backend,
         moe_runner_backend=cfg.moe_runner_backend,
+        moe_exchange=os.environ.get(MOE_EXCHANGE) or None,
         enable_return_hidden_states=cfg.enable_return_hidden_states,
         enable_eplb=cfg.enable_eplb,
         init_expert_location=cfg.init_expert_location,
