@@ -21,6 +21,7 @@ from jit_kernels.choice import KernelUnavailable
 from jit_kernels.qk_norm_rope.channel import open_channel
 from sglang_minimax.layers.agreeing import Gather, first_problem
 from sglang_minimax.layers.path import Opening
+from sglang_minimax.moe_exchange.paths import CUSTOMIZED
 
 
 def open_to_peers(device: torch.device, gather: Gather[Any]) -> Opening:
@@ -46,14 +47,14 @@ def open_to_peers(device: torch.device, gather: Gather[Any]) -> Opening:
 def _alone(arguments: Any) -> bool:
     """Whether nothing beside the exchange waits for a peer: kernels on other streams need room.
 
-    Pipeline stages send and receive, EPLB moves experts, dispatch backends poll, and disaggregated
-    servers hand caches over while batches run. Collectives of the forward itself come after it on
-    the same stream.
+    Pipeline stages send and receive, EPLB moves experts, SGLang's dispatch backends poll, and
+    disaggregated servers hand caches over while batches run. Collectives of the forward itself, our
+    dispatchers' among them, come after it on the same stream.
     """
     return (
         arguments.pp_size == 1
         and not arguments.enable_eplb
-        and arguments.moe_a2a_backend == "none"
+        and arguments.moe_a2a_backend in ("none", CUSTOMIZED)
         and arguments.disaggregation_mode == "null"
     )
 

@@ -1,1 +1,4 @@
-"""How tokens reach their experts and come back: which path, which bytes, and why. No torch, no SGLang."""
+"""How tokens reach their experts and come back: which path, which bytes, and why.
+
+No torch, no SGLang.
+"""

@@ -29,7 +29,10 @@ RECEIVED = {
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of one forward. groups: of each attention-DP group, as padded; padding: SGLang's mode."""
+    """Rows of one forward.
+
+    groups: of each attention-DP group, as padded. padding: SGLang's mode, None without attention DP.
+    """
 
     groups: tuple[int, ...]
     padding: str | None = None
@@ -57,8 +60,8 @@ class Move:
     """One collective of a layer.
 
     site: where the model asks for it: "experts" (dispatch and combine) or "boundary". operation: of
-    SGLang's GroupCoordinator. kind: of the group, one of topology.GROUP_KINDS. given: bytes that the
-    rank hands over. whole: bytes of the tensor before a reduction, or after a gather.
+    SGLang's GroupCoordinator. kind: of the group, one of topology.GROUP_KINDS. given: bytes that
+    the rank hands over. whole: bytes of the tensor before a reduction, or after a gather.
     """
 
     site: str
@@ -124,10 +127,10 @@ def _gather(topology: Topology, payload: Payload, batch: Batch, group: int) -> I
 
 
 def received(topology: Topology, path: Path, payload: Payload, batch: Batch) -> float:
-    """Bytes that reach a rank of the first group over links in one layer, for a row of the batch."""
-    return sum(
-        move.received(topology) for move in moves(topology, path, payload, batch, 0)
-    ) / max(1, batch.rows)
+    """Bytes that reach a rank of the first group over links in a layer, for a row of the batch."""
+    return sum(move.received(topology) for move in moves(topology, path, payload, batch, 0)) / max(
+        1, batch.rows
+    )
 
 
 def dispatched_rows(ranks: int, experts: int, top_k: int) -> float:

@@ -14,6 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+#: SGLang's name for an exchange that is not its own (MoeA2ABackend.CUSTOMIZED): ours run behind it.
+CUSTOMIZED = "customized"
+
 
 class Movement(StrEnum):
     """How rows get to the experts and back."""
@@ -50,7 +53,7 @@ class Path:
 
     @property
     def is_ours(self) -> bool:
-        """Whether our dispatcher moves the rows, behind SGLang's backend `customized`."""
+        """Whether our dispatcher moves the rows, behind SGLang's backend CUSTOMIZED."""
         return self.movement in (Movement.GATHER, Movement.ALL_TO_ALL)
 
 

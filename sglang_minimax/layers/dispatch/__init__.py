@@ -1,0 +1,1 @@
+"""Dispatch and combine behind SGLang's `customized` backend: our paths to the experts."""

@@ -1,0 +1,113 @@
+"""A row to each rank that holds at least one of its experts, over torch.distributed.
+
+The expert-parallel exchange that DeepEP and its like do with kernels of their own, with the
+collectives that every platform has, so that dispatch and combine can be tested with the same layers
+on a CPU. The sizes are known on the host alone, so it cannot be captured in a graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from sglang.srt.layers.moe.token_dispatcher.base import BaseDispatcher
+from sglang.srt.layers.moe.token_dispatcher.standard import (
+    StandardCombineInput,
+    StandardDispatcher,
+    StandardDispatchOutput,
+)
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_minimax.layers.dispatch.codecs import Codec
+from sglang_minimax.layers.dispatch.gather import deliver
+from sglang_minimax.layers.dispatch.packing import Parcel, pack, unpack
+from sglang_minimax.moe_exchange.payload import Payload
+from sglang_minimax.shards import exact_div
+
+
+class Route(NamedTuple):
+    """Where this rank's rows went.
+
+    rows: [sent] int64, the row of each copy, those for rank 0 first. sent, received: copies to and
+    from each rank. total: rows of this rank.
+    """
+
+    rows: torch.Tensor
+    sent: list[int]
+    received: list[int]
+    total: int
+
+
+class AllToAllDispatcher(BaseDispatcher):
+    """SGLang's dispatcher interface over two all-to-alls, and a third for the sizes."""
+
+    def __init__(self, payload: Payload, codec: Codec, standard: StandardDispatcher) -> None:
+        """standard: SGLang's, which turns global ids into those of this rank's experts."""
+        super().__init__()
+        self._payload = payload
+        self._codec = codec
+        self._standard = standard
+        self.runner_backend = standard.runner_backend
+        self._route: Route | None = None
+
+    def dispatch(self, hidden_states: torch.Tensor, topk_output: Any) -> StandardDispatchOutput:
+        """This rank's rows, [rows, hidden], and their choices -> rows for this rank's experts."""
+        ranks = get_parallel().tp_size
+        held = exact_div(self._standard.num_experts, ranks, "experts over ranks")
+        wanted = destinations(topk_output.topk_ids, ranks, held)
+        self._route = self._agree(wanted)
+        values, scales = self._codec.encode(hidden_states)
+        packed = pack(
+            self._payload,
+            Parcel(values, scales, topk_output.topk_ids, topk_output.topk_weights),
+        )
+        arrived = exchange(packed[self._route.rows], self._route.sent, self._route.received)
+        return deliver(
+            self._standard, self._codec, unpack(self._payload, arrived, self._codec.types)
+        )
+
+    def combine(self, combine_input: StandardCombineInput) -> torch.Tensor:
+        """Outputs of the rows that came -> the sums of this rank's own rows, [rows, hidden]."""
+        (outputs,) = combine_input
+        route = self._route
+        assert route is not None, "combine follows a dispatch"
+        returned = exchange(outputs.contiguous(), route.received, route.sent)
+        # Added up in fp32 in the order of the ranks, and rounded once.
+        sums = returned.new_zeros((route.total, returned.shape[1]), dtype=torch.float32)
+        sums.index_add_(0, route.rows, returned.float())
+        return sums.to(returned.dtype)
+
+    def _agree(self, wanted: torch.Tensor) -> Route:
+        """Tell every rank how many rows it will get. wanted: [ranks, rows] bool."""
+        sent = wanted.sum(1)
+        received = torch.empty_like(sent)
+        _all_to_all(received, sent)
+        # Copies in the order of the ranks that they go to: nonzero runs over the first dimension.
+        return Route(wanted.nonzero()[:, 1], sent.tolist(), received.tolist(), wanted.shape[1])
+
+
+def destinations(ids: torch.Tensor, ranks: int, held: int) -> torch.Tensor:
+    """[ranks, rows] bool: whether a rank, holding `held` experts, has one of a row's.
+
+    ids: [rows, top_k], global; -1 is no expert, and a row of those goes nowhere.
+    """
+    owner = torch.where(ids < 0, -1, ids // held)
+    return (owner[None] == torch.arange(ranks, device=ids.device)[:, None, None]).any(-1)
+
+
+def exchange(rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+    """The rows that other ranks sent here, by rank. rows: [sum(sent), ...], by destination."""
+    arrived = rows.new_empty((sum(received), *rows.shape[1:]))
+    _all_to_all(arrived, rows, received, sent)
+    return arrived
+
+
+def _all_to_all(
+    output: torch.Tensor,
+    given: torch.Tensor,
+    output_sizes: list[int] | None = None,
+    given_sizes: list[int] | None = None,
+) -> None:
+    group = get_parallel().tp_group.device_group
+    dist.all_to_all_single(output, given, output_sizes, given_sizes, group=group)
