@@ -35,7 +35,8 @@ class Forward:
     """One pass through this rank's layers.
 
     tokens: of this rank's own requests; rows: what was computed, with padding. mode: SGLang's
-    forward mode; padding: its DP padding mode, None without attention DP. mixed: decoding requests
+    forward mode; padding: its DP padding mode, None without attention DP; groups: the rows of each
+    attention-DP group, as padded. mixed: decoding requests
     that share a prefill. sizes: row counts that went into collectives of variable size. between:
     collectives since the forward before.
     """
@@ -44,6 +45,7 @@ class Forward:
     mode: str
     tokens: int
     rows: int
+    groups: tuple[int, ...]
     padding: str | None
     mixed: int
     sizes: tuple[tuple[int, ...], ...]
@@ -70,13 +72,14 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class RankRecord:
-    """Everything one rank wrote."""
+    """Everything one rank wrote. path: to the experts, as this rank worked it out."""
 
     rank: int
     groups: dict[str, tuple[int, ...]]
     layers: range
     kv_layers: int
     weights: dict[str, Any]
+    path: str
     forwards: tuple[Forward, ...]
 
 
@@ -102,6 +105,7 @@ def _record(path: Path) -> RankRecord | None:
         layers=range(*about["layers"]),
         kv_layers=about["kv_layers"],
         weights=about["weights"],
+        path=about["path"],
         forwards=tuple(_forward(line) for line in lines if "mode" in line),
     )
 
@@ -112,6 +116,7 @@ def _forward(line: dict[str, Any]) -> Forward:
         mode=line["mode"],
         tokens=line["tokens"],
         rows=line["rows"],
+        groups=tuple(line["groups"]),
         padding=line["padding"],
         mixed=line["mixed"],
         sizes=tuple(tuple(sizes) for sizes in line["sizes"]),

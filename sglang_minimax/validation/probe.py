@@ -85,11 +85,13 @@ class Probe:
         from sglang.srt.managers.scheduler import Scheduler
 
         from sglang_minimax.layers.attention import MiniMaxM2Attention
+        from sglang_minimax.layers.dispatch import all_to_all
         from sglang_minimax.layers.moe import MiniMaxM2MoE
         from sglang_minimax.models.minimax_m2 import MiniMaxM2DecoderLayer, MiniMaxM2ForCausalLM
 
         for operation, argument in OPERATIONS.items():
             self._count(GroupCoordinator, operation, argument)
+        self._count(all_to_all, "all_to_all_single", OPERATIONS["all_to_all_single"])
         for owner, function, site in (
             (MiniMaxM2DecoderLayer, "forward", "boundary"),
             # What the last layer of a stage leaves to its successor is settled here instead.
@@ -104,7 +106,7 @@ class Probe:
 
     # --- collectives ---
 
-    def _count(self, owner: type, operation: str, argument: int) -> None:
+    def _count(self, owner: Any, operation: str, argument: int) -> None:
         original = getattr(owner, operation)
         name = operation.removeprefix("_").removesuffix("_in_place")
 
@@ -228,10 +230,12 @@ def _batch(batch: Any, positions: Any) -> dict[str, Any]:
     if everyone is not None and len(everyone) > 1:
         tokens = everyone[get_parallel().attn_dp_rank]
     padding = batch.dp_padding_mode
+    padded = batch.global_num_tokens_padded_cpu
     return {
         "mode": batch.forward_mode.name,
         "tokens": tokens,
         "rows": rows,
+        "groups": [rows] if padded is None or len(padded) < 2 else list(padded),
         "padding": None if padding is None else padding.name,
     }
 
@@ -247,6 +251,7 @@ def _rank(runner: Any) -> dict[str, Any]:
     import torch.distributed
     from sglang.srt.runtime_context import get_parallel
 
+    from sglang_minimax.layers.plan import plan_here
     from sglang_minimax.validation import ownership
 
     parallel = get_parallel()
@@ -267,5 +272,6 @@ def _rank(runner: Any) -> dict[str, Any]:
             getattr(runner.model, "end_layer", runner.model_config.num_hidden_layers),
         ],
         "kv_layers": runner.token_to_kv_pool.layer_num,
+        "path": plan_here().path.name,
         "weights": ownership.check(runner.model, rank, Path(os.environ[EXPECTATION])),
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +17,15 @@ import torch
 
 from sglang_minimax.config import Architecture
 from sglang_minimax.errors import MinimaxError
+from sglang_minimax.moe_exchange.plan import plan_for
+from sglang_minimax.moe_exchange.rules import CPU, VARIABLE
 from sglang_minimax.platforms import choice
+from sglang_minimax.support import Launch
 from sglang_minimax.topology import RankShare, Topology, rank_shares
 from sglang_minimax.validation import (
     expectations,
     hosts,
+    ledger,
     observations,
     ownership,
     probe,
@@ -128,7 +133,8 @@ def run_refused(place: Refused, subject: Subject, *, timeout: float = TIMEOUT) -
     began = time.monotonic()
     blank = ShapeResult(topology=place.label, model=subject.name, status="refused")
     try:
-        with EngineProcess(timeout=timeout, **_arguments(place, subject)):
+        force = partial(_force, forced_path(place))
+        with EngineProcess(before=force, timeout=timeout, **_arguments(place, subject)):
             result = replace(
                 blank, status="failed", shortcomings=("started, although it should be refused",)
             )
@@ -154,6 +160,16 @@ def why_not_here(topology: Topology) -> str | None:
     if topology.world_size > devices:
         return f"{topology.world_size} ranks on a machine with {devices} GPUs"
     return None
+
+
+def forced_path(place: Shape | Refused) -> str | None:
+    """The path to the experts that a place names, or else this process's environment."""
+    return place.exchange or os.environ.get(VARIABLE) or None
+
+
+def _force(path: str | None) -> None:
+    if path is not None:
+        os.environ[VARIABLE] = path
 
 
 def _engine_failed(blank: ShapeResult, error: EngineFailed) -> ShapeResult:
@@ -227,6 +243,19 @@ class _Run:
         )
 
     @property
+    def exchange(self) -> ledger.Exchange:
+        """How rows move on the CPU platform by the plan, made here again from the shape alone."""
+        launch = Launch(
+            **asdict(self.topology),
+            quantization=self.subject.arch.recipe.method,
+            moe_exchange=forced_path(self.shape),
+            hardware=CPU,
+        )
+        plan = plan_for(self.subject.arch, launch)
+        payload = replace(plan.payload, item_bytes=self._dtype().itemsize)
+        return ledger.Exchange(self.topology, plan.path, payload)
+
+    @property
     def captured(self) -> tuple[int, ...]:
         """The layers whose outputs are captured: all, unless stages share them."""
         return tuple(self.shares[0].layers) if self.topology.pp == 1 else ()
@@ -244,7 +273,12 @@ class _Run:
         replies, windows = [], []
         vocabulary = self.subject.arch.vocab_size
         with self._engine(
-            before=partial(_in_turn, self.before, probe.watch(self.folder, expectation)),
+            before=partial(
+                _in_turn,
+                partial(_force, forced_path(self.shape)),
+                self.before,
+                probe.watch(self.folder, expectation),
+            ),
             timeout=self.timeout,
             **_arguments(self.shape, self.subject),
         ) as engine:
@@ -272,8 +306,13 @@ class _Run:
         if not choice.cpu_platform_chosen():
             return  # a GPU has faster ways, which fuse or replace these collectives
         for record in records:
-            yield from expectations.collectives(
-                self.topology,
+            if record.path != self.exchange.path.name:
+                yield (
+                    f"rank {record.rank} takes the path {record.path} to the experts, but the plan "
+                    f"says {self.exchange.path.name}"
+                )
+            yield from ledger.collectives(
+                self.exchange,
                 self.shares[record.rank],
                 record.forwards,
                 dp_lm_head="dp_lm_head" in self.shape.switches,
@@ -284,7 +323,7 @@ class _Run:
         if not choice.cpu_platform_chosen():
             return
         for record in observations.read(self.folder):
-            yield from expectations.astray(self.topology, self.shares[record.rank], record.forwards)
+            yield from ledger.astray(self.exchange, self.shares[record.rank], record.forwards)
 
     def _dtype(self) -> torch.dtype:
         if choice.cpu_platform_chosen():

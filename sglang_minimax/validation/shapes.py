@@ -12,12 +12,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sglang_minimax.errors import MinimaxError, TopologyError
+from sglang_minimax.moe_exchange.paths import FORCEABLE
 from sglang_minimax.topology import Topology
 
 SIZES = tuple(each.name for each in fields(Topology))
 
 #: Switches that a topology may name besides its sizes, and SGLang's argument for each.
 SWITCHES = {"dp_lm_head": "enable_dp_lm_head"}
+#: A forced path to the experts is named like a size: exchange=gather-fp8.
+EXCHANGE = "exchange="
 
 #: What every model of the list is, unless its entry says otherwise. Small, but with everything that
 #: can go wrong: more query heads than KV heads, a rotation of half a head, an eps that is visible.
@@ -68,8 +71,14 @@ class Place(_Strict):
 
     @property
     def switches(self) -> tuple[str, ...]:
-        """The switches that the topology names."""
-        return split(self.topology)[1]
+        """The switches that the topology names, the path to the experts left out."""
+        return tuple(each for each in split(self.topology)[1] if each in SWITCHES)
+
+    @property
+    def exchange(self) -> str | None:
+        """The path to the experts that the topology names."""
+        found = [each for each in split(self.topology)[1] if each not in SWITCHES]
+        return found[0].removeprefix(EXCHANGE) if found else None
 
     @property
     def name(self) -> str:
@@ -152,17 +161,19 @@ def split(text: str) -> tuple[str, tuple[str, ...]]:
     not asked.
     """
     parts = [part.strip() for part in text.split(",")]
+    paths = [EXCHANGE + name for name in FORCEABLE]
     switches = tuple(part for part in parts if part in SWITCHES)
+    switches += tuple(part for part in parts if part in paths)[:1]
     found: dict[str, int] = {}
     for part in parts:
-        if part in SWITCHES:
+        if part in switches:
             continue
         key, _, value = (each.strip() for each in part.partition("="))
         if key not in SIZES or key in found or not value.isdecimal() or int(value) < 1:
             raise TopologyError(
                 f"topology {text!r}: {part!r} is not understood; write sizes as tp=8,dp=2 with "
-                f"each of {', '.join(SIZES)} at most once, and {', '.join(SWITCHES)} without a "
-                "value."
+                f"each of {', '.join(SIZES)} at most once, {', '.join(SWITCHES)} without a "
+                f"value, and {EXCHANGE} with one of {', '.join(FORCEABLE)}."
             )
         found[key] = int(value)
     return ",".join(f"{key}={found[key]}" for key in SIZES if found.get(key, 1) > 1), switches

@@ -82,7 +82,7 @@ class AllToAllDispatcher(BaseDispatcher):
         """Tell every rank how many rows it will get. wanted: [ranks, rows] bool."""
         sent = wanted.sum(1)
         received = torch.empty_like(sent)
-        _all_to_all(received, sent)
+        all_to_all_single(get_parallel().tp_group, received, sent)
         # Copies in the order of the ranks that they go to: nonzero runs over the first dimension.
         return Route(wanted.nonzero()[:, 1], sent.tolist(), received.tolist(), wanted.shape[1])
 
@@ -99,15 +99,16 @@ def destinations(ids: torch.Tensor, ranks: int, held: int) -> torch.Tensor:
 def exchange(rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
     """The rows that other ranks sent here, by rank. rows: [sum(sent), ...], by destination."""
     arrived = rows.new_empty((sum(received), *rows.shape[1:]))
-    _all_to_all(arrived, rows, received, sent)
+    all_to_all_single(get_parallel().tp_group, arrived, rows, received, sent)
     return arrived
 
 
-def _all_to_all(
+def all_to_all_single(
+    group: Any,
     output: torch.Tensor,
     given: torch.Tensor,
-    output_sizes: list[int] | None = None,
-    given_sizes: list[int] | None = None,
+    received: list[int] | None = None,
+    sent: list[int] | None = None,
 ) -> None:
-    group = get_parallel().tp_group.device_group
-    dist.all_to_all_single(output, given, output_sizes, given_sizes, group=group)
+    """SGLang's group has this for equal shares only. received, sent: rows from and to each rank."""
+    dist.all_to_all_single(output, given, received, sent, group=group.device_group)
