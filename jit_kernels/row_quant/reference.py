@@ -94,10 +94,11 @@ def packed_ue8m0(scales: torch.Tensor) -> torch.Tensor:
     fp8_kernel.py and `ScaleStoreArgs` of per_token_group_quant.cuh.
     """
     rows, groups = scales.shape
-    words = -(-groups // 4)
-    padded = scales.new_zeros(-(-rows // 4) * 4, words * 4)
-    padded[:rows, :groups] = scales
-    return padded.view(torch.int32).t().contiguous().t()[:rows]
+    words, room = -(-groups // 4), -(-rows // 4) * 4
+    padded = scales.new_zeros(rows, words * 4)
+    padded[:, :groups] = scales
+    packed = torch.empty(words, room, dtype=torch.int32, device=scales.device).t()[:rows]
+    return packed.copy_(padded.view(torch.int32))
 
 
 def fp4_blocks(
@@ -112,10 +113,11 @@ def fp4_blocks(
     little worth. global_scale: one fp32 number. Raises ValueError where the columns do not come in
     blocks.
     Source: flashinfer, `cvt_warp_fp16_to_fp4` of tensorrt_llm/kernels/quantization_utils.cuh, which
-    `fp4_quantize` runs. All of its three reciprocals, of 6, of global_scale and of the product of
-    scale and the latter, are `rcp.approx.ftz`: unless FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH is
-    set, a value whose quotient lies within a few units in the last place of halfway between two
-    codes may get the other code there, and a block the neighbouring scale.
+    `fp4_quantize` runs. Its three reciprocals, of 6, of global_scale and of the product of scale
+    and the latter, are `rcp.approx.ftz`: a value whose quotient lies within a few units in the last
+    place of halfway between two codes may get the other code there, and a block the neighbouring
+    scale. With FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH they are exact, but 1/6 and global_scale are
+    multiplied first, which may also end in the neighbouring scale.
     """
     blocks = _grouped(x, FP4_BLOCK)
     factor = _scalar(global_scale, x)

@@ -23,7 +23,7 @@ from tests.quantised import rounding
 Rule = Callable[[torch.Tensor], torch.Tensor]
 
 #: Rules that our CPU platform leaves out, as docs/cpu-platform.md says.
-NOT_EMULATED = ("group-nvfp4", "group-mxfp4")
+NOT_EMULATED = ("group-mxfp4",)
 
 
 def rules(fixture: Fixture) -> tuple[Rule | None, Rule | None]:
@@ -31,6 +31,9 @@ def rules(fixture: Fixture) -> tuple[Rule | None, Rule | None]:
     name = fixture.activations
     if name is None or name in NOT_EMULATED:
         return None, None
+    if name == "group-nvfp4":
+        given = _given(fixture, lambda row, scale, _: rounding.nvfp4(row, rounding.ONE / scale))
+        return given, given
     if name.startswith("group-"):
         size = int(name.removeprefix("group-"))
         groups = _rows(lambda row: rounding.fp8_group(row, size))

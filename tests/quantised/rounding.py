@@ -1,7 +1,7 @@
 """How SGLang's kernels round activations, written a second time, from their sources, with NumPy.
 
-Nothing is shared with `activations.py`: FP8 numbers come from a table of their values, and scalars
-are np.float32, so that every operation is rounded as in the kernel.
+Nothing is shared with `activations.py`: FP8 and FP4 numbers come from tables of their values, and
+scalars are np.float32, so that every operation is rounded as in the kernel.
 """
 
 from __future__ import annotations
@@ -22,14 +22,23 @@ E4M3 = np.array(
 )  # fmt: skip
 
 
-def e4m3(values: Array) -> Array:
-    """The nearest FP8 number, ties to the even code, everything beyond the largest cut off."""
-    size = np.minimum(np.abs(values.astype(np.float64)), E4M3[-1])
-    below = np.searchsorted(E4M3, size, side="right") - 1
-    above = np.minimum(below + 1, len(E4M3) - 1)
-    down, up = size - E4M3[below], E4M3[above] - size
+#: The FP4 E2M1 numbers in the same way.
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float64)
+
+
+def nearest(values: Array, numbers: Array) -> Array:
+    """The nearest of the numbers, ties to the even code, everything beyond the largest cut off."""
+    size = np.minimum(np.abs(values.astype(np.float64)), numbers[-1])
+    below = np.searchsorted(numbers, size, side="right") - 1
+    above = np.minimum(below + 1, len(numbers) - 1)
+    down, up = size - numbers[below], numbers[above] - size
     code = np.where((up < down) | ((up == down) & (above % 2 == 0)), above, below)
-    return np.copysign(E4M3[code], values).astype(np.float32)
+    return np.copysign(numbers[code], values).astype(np.float32)
+
+
+def e4m3(values: Array) -> Array:
+    """The nearest FP8 number."""
+    return nearest(values, E4M3)
 
 
 def half_away(values: Array) -> Array:
@@ -45,6 +54,17 @@ def fp8_group(row: Array, size: int) -> Array:
         group = row[begin : begin + size]
         amax = max(np.abs(group).max(), LEAST)
         result[begin : begin + size] = e4m3(group * (FP8_MAX / amax)) * (amax * (ONE / FP8_MAX))
+    return result
+
+
+def nvfp4(row: Array, global_scale: np.float32) -> Array:
+    """cvt_warp_fp16_to_fp4: three reciprocals, and a scale that is an FP8 number itself."""
+    result = np.empty_like(row)
+    for begin in range(0, len(row), 16):
+        block = row[begin : begin + 16]
+        scale = e4m3(global_scale * (np.abs(block).max() * (ONE / np.float32(6))))
+        factor = ONE / (scale * (ONE / global_scale)) if scale else np.float32(0)
+        result[begin : begin + 16] = nearest(block * factor, E2M1) * scale / global_scale
     return result
 
 

@@ -15,7 +15,7 @@ from sglang_minimax.platforms.cpu.quantised import activations
 from tests.quantised import rounding
 
 GROUP, COLUMNS = 8, 32
-SCALE, OFFSET = 0.037, 5.0
+SCALE, OFFSET, GLOBAL = 0.037, 5.0, 448 * 6 / 7.0
 
 Round = Callable[[torch.Tensor], torch.Tensor]
 
@@ -23,6 +23,10 @@ PAIRS: dict[str, tuple[Round, Round]] = {
     "fp8 groups": (
         lambda x: activations.fp8_groups(x, GROUP),
         lambda x: rounding.by_row(x, lambda row: rounding.fp8_group(row, GROUP)),
+    ),
+    "nvfp4": (
+        lambda x: activations.fp4_blocks(x, torch.tensor(GLOBAL)),
+        lambda x: rounding.by_row(x, lambda row: rounding.nvfp4(row, np.float32(GLOBAL))),
     ),
     "fp8 tokens": (
         activations.fp8_tokens,

@@ -3,33 +3,34 @@
 Each function takes [tokens, columns] in any float dtype and returns the same shape and dtype. The
 arithmetic is the kernel's, in fp32: where it multiplies by a reciprocal instead of dividing, so do
 we, since that decides ties. Only the compiler's approximate division, where it uses one, is not
-imitated: it may differ in the last bit. PyTorch only.
+imitated: it may differ in the last bit. What also travels between ranks as codes is rounded by way
+of them, with `jit_kernels.row_quant.reference`. PyTorch only.
 """
 
 from __future__ import annotations
 
 import torch
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
-#: 1/448 rounded to fp32, as the group kernel multiplies with it.
-FP8_MAX_INVERSE = torch.tensor(1.0).div(FP8_MAX).item()
+from jit_kernels.row_quant import reference as rows
+from jit_kernels.row_quant.reference import FP8, FP8_MAX, LEAST
+
 INT8_MAX = 127.0
-#: What the group and INT8 kernels take for the maximum of zeros.
-LEAST = 1e-10
 
 
 def fp8_groups(x: torch.Tensor, size: int) -> torch.Tensor:
     """FP8 with a scale for each token and `size` columns, of block-quantised weights.
 
-    Source: sglang/kernels/jit/csrc/gemm/per_token_group_quant.cuh, fp32 scales.
+    fp32 scales. Raises ValueError where the columns do not come in groups.
     """
-    if x.shape[-1] % size:
-        raise ValueError(f"{x.shape[-1]} columns do not come in groups of {size}")
-    groups = x.float().unflatten(-1, (-1, size))
-    largest = groups.abs().amax(-1, keepdim=True).clamp(min=LEAST)
-    rounded = _to_fp8(groups * _quotient(FP8_MAX, largest))
-    return (rounded * (largest * FP8_MAX_INVERSE)).flatten(-2).to(x.dtype)
+    return rows.fp8_rows(*rows.fp8_groups(x, size)).to(x.dtype)
+
+
+def fp4_blocks(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """NVFP4: e2m1 with a scale for 16 columns under the checkpoint's for all, a scalar.
+
+    Raises ValueError where the columns do not come in blocks.
+    """
+    return rows.fp4_rows(*rows.fp4_blocks(x, global_scale), global_scale).to(x.dtype)
 
 
 def fp8_tokens(x: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-#: Values of the 4-bit float E2M1 (OCP Microscaling Formats 1.0, table 5); bit 3 is the sign.
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+from jit_kernels.row_quant.reference import e2m1_values
+
 #: Column of each of the 8 nibbles of an AWQ word, lowest bits first (AutoAWQ, `AWQ_ORDER`).
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 NVFP4_GROUP = 16
@@ -136,7 +136,7 @@ def nvfp4(weight: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor) -> t
     Source: TensorRT Model Optimizer NVFP4QTensor; SGLang's dequantization.py.
     """
     factors = scale.float() * scale_2.float()
-    return _e2m1(weight) * factors.repeat_interleave(NVFP4_GROUP, -1)
+    return e2m1_values(weight) * factors.repeat_interleave(NVFP4_GROUP, -1)
 
 
 def mxfp4(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -147,9 +147,9 @@ def mxfp4(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     Source: OCP Microscaling Formats 1.0; AMD Quark export.
     """
     exponent = scale.to(torch.int32)
-    factors = torch.ldexp(torch.ones((), device=scale.device), exponent - 127)
+    factors = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 127)
     factors = factors.masked_fill(exponent == 255, torch.nan)
-    return _e2m1(weight) * factors.repeat_interleave(MXFP4_GROUP, -1)
+    return e2m1_values(weight) * factors.repeat_interleave(MXFP4_GROUP, -1)
 
 
 def _unpacked(
@@ -169,12 +169,6 @@ def _unpacked(
     order = sorted(range(count), key=columns.__getitem__) if columns else range(count)
     values = [(words >> (bits * place)) & mask for place in order]
     return torch.stack(values, dim).flatten(dim - 1, dim)
-
-
-def _e2m1(packed: torch.Tensor) -> torch.Tensor:
-    """[..., n / 2] uint8 -> [..., n] fp32."""
-    values = torch.tensor([*E2M1, *(-value for value in E2M1)], device=packed.device)
-    return values[_unpacked(packed, -1, 4, width=8).long()]
 
 
 def _group_of_columns(

@@ -24,9 +24,17 @@ from sglang.srt.layers.quantization.unquant import (
 )
 from torch.nn import functional as F
 
+from jit_kernels.row_quant.reference import fp4_rows, fp8_rows
 from sglang_minimax.errors import ConfigError
 from sglang_minimax.platforms.cpu import experts
-from sglang_minimax.platforms.cpu.quantised.layouts import W2, W13, Layout, Matrix, layout_of
+from sglang_minimax.platforms.cpu.quantised.layouts import (
+    W2,
+    W13,
+    Layout,
+    Matrix,
+    input_global_scale,
+    layout_of,
+)
 
 #: Attributes of SGLang's configs that are False for weights to be quantised while they are loaded.
 SERIALISED = ("is_checkpoint_fp8_serialized", "is_checkpoint_nvfp4_serialized")
@@ -186,21 +194,44 @@ class _ExpertsWithTorch(_AsLoaded):
         """None declares what `create_moe_runner` says."""
 
     def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
-        """This rank's share of the experts' weighted sum."""
+        """This rank's share of the experts' weighted sum, in the model's dtype.
+
+        Rows that come quantised have the rounding of the first product behind them.
+        """
         from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
-        x = dispatch_output.hidden_states
         weights, ids, _ = dispatch_output.topk_output
         layout = _layout(layer, self)
+        arrived = _arrived(dispatch_output, layer, self)
+        x = dispatch_output.hidden_states if arrived is None else arrived
+        first, second = (layout.rounding(Matrix(layer, self, p)) for p in (W13, W2))
         output = experts.local_experts(
             x,
             _Experts(layer, self, W13, layout, x.dtype),
             _Experts(layer, self, W2, layout, x.dtype),
             weights,
             ids,
-            experts.Roundings(*(layout.rounding(Matrix(layer, self, p)) for p in (W13, W2))),
+            experts.Roundings(first if arrived is None else None, second),
         )
         return StandardCombineInput(hidden_states=output)
+
+
+def _arrived(dispatch_output: Any, layer: Any, method: Any) -> torch.Tensor | None:
+    """The values of rows that travelled quantised, [rows, hidden]; None for plain ones.
+
+    FP8 rows lie beside a tensor in the model's dtype, which says how many they are: some kernels
+    pad the codes to a multiple of four rows. FP4 rows stand in its place, so their dtype is the one
+    that the layer was built for; their scales are in the order of the columns.
+    """
+    x = dispatch_output.hidden_states
+    if dispatch_output.hidden_states_pre_quant is not None:
+        codes, scales = (part[: x.shape[0]] for part in dispatch_output.hidden_states_pre_quant)
+        return fp8_rows(codes, scales).to(x.dtype)
+    if dispatch_output.hidden_states_scale is not None:
+        factor = input_global_scale(Matrix(layer, method, W13))
+        assert factor is not None, "rows travel in FP4 only where the experts round them so"
+        return fp4_rows(x, dispatch_output.hidden_states_scale, factor).to(layer.params_dtype)
+    return None
 
 
 class _Experts:

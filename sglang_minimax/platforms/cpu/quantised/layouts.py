@@ -196,6 +196,27 @@ def _nvfp4(matrix: Matrix) -> torch.Tensor:
     return dequantise.nvfp4(weight, matrix["weight_scale"], scale_2)
 
 
+def input_global_scale(matrix: Matrix) -> torch.Tensor | None:
+    """What NVFP4 rows are multiplied with before they are quantised: a scalar, fp32.
+
+    None where they stay as they are: in W4A16 checkpoints, whose experts have scales all the same,
+    and where the user asks for scales of each token, which are not imitated. As on GPUs, fused
+    matrices and the experts of all ranks share the largest input scale, and so its reciprocal.
+    Source: modelopt_quant.py, `process_weights_after_loading` of ModelOptFp4LinearMethod and, for
+    flashinfer_cutlass and flashinfer_trtllm, of ModelOptNvFp4FusedMoEMethod.
+    """
+    config = matrix.method.quant_config
+    if config.is_w4a16 or config.use_per_token_activation:
+        return None
+    scale = Matrix(matrix.layer, matrix.method, matrix.prefix).get("input_scale")
+    return None if scale is None else 1 / scale.max().float()
+
+
+def _nvfp4_input(matrix: Matrix) -> Rounding | None:
+    scale = input_global_scale(matrix)
+    return None if scale is None else lambda x: activations.fp4_blocks(x, scale)
+
+
 def _mxfp4(matrix: Matrix) -> torch.Tensor:
     return dequantise.mxfp4(matrix["weight"], matrix["weight_scale"])
 
@@ -248,6 +269,7 @@ def _adds_bias(layer: Any) -> bool:
 _FP8_LINEAR = Layout(_eight_bits, _fp8_linear_input)
 _FP8_EXPERTS = Layout(_eight_bits, _fp8_block_or_expert_input)
 _INT8 = Layout(_eight_bits, _int8_input)
+_NVFP4 = Layout(_nvfp4, _nvfp4_input)
 _MODELSLIM = Layout(_modelslim, _modelslim_input, _modelslim_addend)
 
 #: class name of a scheme or method of SGLang's -> its layout.
@@ -269,8 +291,8 @@ LAYOUTS: dict[str, Layout] = {
     "MoeWNA16Method": Layout(_moe_wna16),
     "GPTQMarlinLinearMethod": Layout(_gptq),
     "GPTQMarlinMoEMethod": Layout(_gptq),
-    "ModelOptFp4LinearMethod": Layout(_nvfp4),
-    "ModelOptNvFp4FusedMoEMethod": Layout(_nvfp4),
+    "ModelOptFp4LinearMethod": _NVFP4,
+    "ModelOptNvFp4FusedMoEMethod": _NVFP4,
     "QuarkW4A4MXFP4": Layout(_mxfp4),
     "QuarkW4A4MXFp4MoE": Layout(_mxfp4),
     "ModelSlimW8A8Int8": _MODELSLIM,
