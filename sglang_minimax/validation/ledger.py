@@ -1,7 +1,8 @@
 """The collectives that ran inside the ranks, against those of the exchange plan: calls and bytes.
 
 The plan's are `moe_exchange.moves`, for the rows that SGLang padded in each forward. The QK norm
-adds one all-reduce over the attention-TP group, where the rank has tokens.
+adds one all-reduce over the attention-TP group, where the rank has tokens. Where a rank holds its
+own rows between layers, what is captured there for a draft model is gathered once more.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sglang_minimax.moe_exchange.moves import Batch, Move, moves
-from sglang_minimax.moe_exchange.paths import Path
+from sglang_minimax.moe_exchange.paths import Movement, Path
 from sglang_minimax.moe_exchange.payload import Payload
 from sglang_minimax.topology import RankShare, Topology
 from sglang_minimax.validation.observations import Forward
@@ -34,16 +35,26 @@ class Exchange:
         batch = Batch(forward.groups, forward.padding)
         return moves(self.topology, self.path, self.payload, batch, share.attention_dp_rank)
 
+    def all_moves(self, share: RankShare, forward: Forward) -> list[Move]:
+        """Those of all layers of the rank's stage."""
+        found = self.moves(share, forward) * len(share.layers)
+        if self.path.movement is Movement.SGLANG:
+            return found
+        # What comes in at the first layer, or goes out of the last, is on the rows of attention.
+        between = [i for i in forward.captured if share.layers.start < i < share.layers.stop]
+        again = [move for move in self.moves(share, forward) if move.kind == "attention_tp"][1:]
+        return found + again * len(between)
 
-def calls_in_a_layer(exchange: Exchange, share: RankShare, forward: Forward) -> Calls:
-    """What one layer should ask of the groups in this forward."""
+
+def calls_of_layers(exchange: Exchange, share: RankShare, forward: Forward) -> Calls:
+    """What the layers of the rank's stage should ask of the groups in this forward."""
     found: Calls = Counter(
         (move.site, move.operation, share.groups[move.kind])
-        for move in exchange.moves(share, forward)
+        for move in exchange.all_moves(share, forward)
     )
     attention = share.groups["attention_tp"]
     if len(attention) > 1 and forward.mode != "IDLE":
-        found["qk_norm", "all_reduce", attention] += 1
+        found["qk_norm", "all_reduce", attention] += len(share.layers)
     return found
 
 
@@ -65,8 +76,7 @@ def collectives(
 
 
 def _calls(exchange: Exchange, share: RankShare, forward: Forward) -> str:
-    expected = calls_in_a_layer(exchange, share, forward)
-    wanted = Counter({key: calls * len(share.layers) for key, calls in expected.items()})
+    wanted = calls_of_layers(exchange, share, forward)
     found: Calls = Counter()
     for each in forward.collectives:
         if each.in_a_layer:
@@ -78,9 +88,9 @@ def _bytes(exchange: Exchange, share: RankShare, forward: Forward) -> str:
     """The bytes that this rank gave; of an all-to-all's rows, at most those that it could."""
     wanted: Calls = Counter()
     bounds = set()
-    for move in exchange.moves(share, forward):
+    for move in exchange.all_moves(share, forward):
         key = (move.site, move.operation, share.groups[move.kind])
-        wanted[key] += move.given * len(share.layers)
+        wanted[key] += move.given
         if not move.exact:
             bounds.add(key)
     found: Calls = Counter()
@@ -97,7 +107,7 @@ def astray(exchange: Exchange, share: RankShare, forwards: Sequence[Forward]) ->
     """Sentences for collectives that no layer should use; for an engine that ended in a forward."""
     told: set[Key] = set()
     for forward in forwards:
-        known = calls_in_a_layer(exchange, share, forward)
+        known = calls_of_layers(exchange, share, forward)
         for each in forward.collectives:
             key = (each.site, each.operation, each.ranks)
             if each.in_a_layer and key not in known and key not in told:

@@ -36,7 +36,8 @@ class Forward:
 
     tokens: of this rank's own requests; rows: what was computed, with padding. mode: SGLang's
     forward mode; padding: its DP padding mode, None without attention DP; groups: the rows of each
-    attention-DP group, as padded. mixed: decoding requests
+    attention-DP group, as padded; captured: the layers whose input was kept, one past the last for
+    its output. mixed: decoding requests
     that share a prefill. sizes: row counts that went into collectives of variable size. between:
     collectives since the forward before.
     """
@@ -46,6 +47,7 @@ class Forward:
     tokens: int
     rows: int
     groups: tuple[int, ...]
+    captured: tuple[int, ...]
     padding: str | None
     mixed: int
     sizes: tuple[tuple[int, ...], ...]
@@ -117,6 +119,7 @@ def _forward(line: dict[str, Any]) -> Forward:
         tokens=line["tokens"],
         rows=line["rows"],
         groups=tuple(line["groups"]),
+        captured=tuple(line["captured"]),
         padding=line["padding"],
         mixed=line["mixed"],
         sizes=tuple(tuple(sizes) for sizes in line["sizes"]),

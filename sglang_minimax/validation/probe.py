@@ -165,6 +165,7 @@ class Probe:
                     {
                         "began": began,
                         **_batch(batch, positions),
+                        "captured": list(getattr(module.model, "layers_to_capture", ())),
                         "mixed": self._mixed,
                         "sizes": sorted(self._sizes),
                         "outside": before,
@@ -227,7 +228,7 @@ def _batch(batch: Any, positions: Any) -> dict[str, Any]:
     everyone = batch.original_global_num_tokens_cpu
     rows = int(positions.shape[-1])
     tokens = rows
-    if everyone is not None and len(everyone) > 1:
+    if everyone is not None:
         tokens = everyone[get_parallel().attn_dp_rank]
     padding = batch.dp_padding_mode
     padded = batch.global_num_tokens_padded_cpu
@@ -235,7 +236,7 @@ def _batch(batch: Any, positions: Any) -> dict[str, Any]:
         "mode": batch.forward_mode.name,
         "tokens": tokens,
         "rows": rows,
-        "groups": [rows] if padded is None or len(padded) < 2 else list(padded),
+        "groups": [rows] if padded is None else list(padded),
         "padding": None if padding is None else padding.name,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from sglang_minimax.config import Architecture
+from sglang_minimax.moe_exchange.paths import Movement, Path, Rows
+from sglang_minimax.moe_exchange.payload import Payload
 from sglang_minimax.topology import Topology, rank_shares
-from sglang_minimax.validation import expectations, observations, tolerance, workloads
+from sglang_minimax.validation import expectations, ledger, observations, tolerance, workloads
 from sglang_minimax.validation.judge import judge
 from sglang_minimax.validation.observations import Collective, Forward, RankRecord, Window
 from sglang_minimax.validation.shapes import SMALL
@@ -150,21 +153,30 @@ def test_the_tolerance_grows_with_depth_width_and_logits() -> None:
 
 TOPOLOGY = Topology(tp=4, dp=2)
 SHARES = rank_shares(ARCH, TOPOLOGY)
+EXCHANGE = ledger.Exchange(
+    TOPOLOGY, Path(Movement.GATHER), Payload(Rows.PLAIN, ARCH.hidden_size, ARCH.top_k)
+)
 
 
 def forward(mode: str = "DECODE", tokens: int = 1, began: float = 0.5, **changes: Any) -> Forward:
     """What rank 0 of TOPOLOGY records where all is well."""
-    found = Forward(began, mode, tokens, max(tokens, 2), "MAX_LEN", 0, (), ())
-    calls = expectations.calls_in_a_layer(TOPOLOGY, SHARES[0], found)
+    rows = max(tokens, 2)
+    found = Forward(began, mode, tokens, rows, (rows, rows), (), "MAX_LEN", 0, (), ())
+    given = Counter(
+        {
+            (move.site, move.operation, SHARES[0].groups[move.kind]): move.given
+            for move in EXCHANGE.all_moves(SHARES[0], found)
+        }
+    )
     collectives = tuple(
-        Collective(site, operation, ranks, number * ARCH.num_layers, 0)
-        for (site, operation, ranks), number in calls.items()
+        Collective(*key, calls, given[key] * ARCH.num_layers)
+        for key, calls in ledger.calls_of_layers(EXCHANGE, SHARES[0], found).items()
     )
     return replace(found, **{"collectives": collectives, **changes})
 
 
 def complaints(*forwards: Forward) -> list[str]:
-    return list(expectations.collectives(TOPOLOGY, SHARES[0], forwards, dp_lm_head=False))
+    return list(ledger.collectives(EXCHANGE, SHARES[0], forwards, dp_lm_head=False))
 
 
 def test_the_right_collectives_are_not_complained_about() -> None:
@@ -184,11 +196,35 @@ def test_an_idle_rank_has_no_norm_to_reduce() -> None:
 @pytest.mark.parametrize("wrong", range(5))
 def test_each_collective_is_missed_and_each_other_group_noticed(wrong: int) -> None:
     right = forward().collectives
-    assert len(right) == 5  # norm; rows gathered in two steps, and brought back in two
+    assert len(right) == 5  # norm; rows onto their ranks, to all, back to their ranks, to the group
     without = (*right[:wrong], *right[wrong + 1 :])
     assert "missing" in complaints(forward(collectives=without))[0]
     elsewhere = replace(right[wrong], ranks=(0, 2))
     assert "over [0, 2]" in complaints(forward(collectives=(*without, elsewhere)))[0]
+
+
+@pytest.mark.parametrize("wrong", range(4))
+def test_a_byte_more_or_less_is_noticed(wrong: int) -> None:
+    right = forward().collectives
+    for change in (-1, 1):
+        one = replace(right[wrong], bytes=right[wrong].bytes + change)
+        changed = (*right[:wrong], one, *right[wrong + 1 :])
+        assert (
+            f"{one.bytes} bytes to {one.operation}" in complaints(forward(collectives=changed))[0]
+        )
+
+
+def test_what_is_captured_between_layers_is_gathered_again() -> None:
+    """Before layers 1 and 2; the first layer's input and the last one's output are whole anyway."""
+    plain = forward()
+    captured = forward(captured=(0, 1, 2, ARCH.num_layers))
+    assert "missing: 2 all_gather_into_tensor at boundary over [0, 1]" in complaints(captured)[0]
+    again = plain.collectives[-2]
+    assert (again.operation, again.ranks) == ("all_gather_into_tensor", (0, 1))
+    share = again.bytes // again.calls
+    more = replace(again, calls=again.calls + 2, bytes=again.bytes + 2 * share)
+    others = tuple(each for each in plain.collectives if each is not again)
+    assert complaints(replace(captured, collectives=(*others, more))) == []
 
 
 def test_a_head_that_leaves_its_group_is_noticed() -> None:
@@ -196,14 +232,14 @@ def test_a_head_that_leaves_its_group_is_noticed() -> None:
     one = forward()
     one = replace(one, collectives=(*one.collectives, gather))
     assert complaints(one) == []
-    found = list(expectations.collectives(TOPOLOGY, SHARES[0], [one], dp_lm_head=True))
+    found = list(ledger.collectives(EXCHANGE, SHARES[0], [one], dp_lm_head=True))
     assert "embedding or head used all_gather over ranks [0, 1, 2, 3]" in found[0]
 
 
 def record(rank: int, *forwards: Forward, **changes: Any) -> RankRecord:
     share = SHARES[rank]
     found = RankRecord(
-        rank, dict(share.groups), share.layers, len(share.layers), {"wrong": []}, forwards
+        rank, dict(share.groups), share.layers, len(share.layers), {"wrong": []}, "gather", forwards
     )
     return replace(found, **changes)
 

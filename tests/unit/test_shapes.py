@@ -61,15 +61,20 @@ def test_replicas_and_stages_are_what_the_list_is_for() -> None:
         ("tp=1,pp=2", "pp=2"),
         (" pp=2, tp=4 ", "tp=4,pp=2"),
         ("dp_lm_head,dp=2,tp=4", "tp=4,dp=2,dp_lm_head"),
+        ("exchange=gather,tp=4,dp_lm_head", "tp=4,dp_lm_head,exchange=gather"),
     ],
 )
 def test_a_topology_has_one_name(written: str, name: str) -> None:
     assert Shape(topology=written).name == name
 
 
-@pytest.mark.parametrize("text", ["tp", "tp=0", "tp=two", "tp=2,tp=4", "cp=2", "", "tp=4 dp=2"])
+@pytest.mark.parametrize(
+    "text", ["tp", "tp=0", "tp=two", "tp=2,tp=4", "cp=2", "", "tp=4 dp=2", "exchange=deepep"]
+)
 def test_what_is_not_a_topology_is_said_with_the_keys(text: str) -> None:
-    with pytest.raises(TopologyError, match="tp, dp, ep, pp, nodes at most once, and dp_lm_head"):
+    with pytest.raises(
+        TopologyError, match="tp, dp, ep, pp, nodes at most once, dp_lm_head without"
+    ):
         Shape(topology=text)
 
 
