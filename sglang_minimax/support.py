@@ -8,11 +8,13 @@ support for other reasons. No SGLang, no torch: the caller reads its arguments i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sglang_minimax import expert_placement, legality
 from sglang_minimax.config import Architecture
 from sglang_minimax.loading.formats.base import Recipe
+from sglang_minimax.moe_exchange import backends, rules
+from sglang_minimax.moe_exchange.supported import UNKNOWN, Facts
 from sglang_minimax.topology import expert_cut
 
 # What SGLang may do with plain weights while they are loaded.
@@ -38,10 +40,30 @@ class Launch(legality.Sizes):
     enable_return_hidden_states: bool = False
     enable_eplb: bool = False
     init_expert_location: str = expert_placement.TRIVIAL
-    # Where it would run: `cuda`, `rocm`, `ascend`, None where weights are dequantised.
+    # Where it would run: `cuda`, `rocm`, `ascend`, `cpu` for our CPU platform, None for unknown.
     hardware: str | None = None
     # Compute capability times ten, of CUDA devices.
     capability: int | None = None
+    # Bytes of a number in the model's dtype.
+    item_bytes: int = 2
+    deepep_mode: str = "auto"
+    deepep_dispatcher_output_dtype: str = "auto"
+    # Tokens of a prefill chunk, None where it is not known, not above 0 where there are no chunks.
+    chunked_prefill_size: int | None = None
+    # Largest decode batch of a CUDA graph, None where there is none.
+    decode_graph_rows: int | None = None
+    disaggregation_mode: str = "null"
+    prefill_graphs: bool = False
+    allreduce_fusion: str | None = None
+    # Whether the user, or determinism, keeps the all-reduce apart from what follows it.
+    no_allreduce_fusion: bool = False
+    no_fp4_allgather: bool = False
+    enable_lora: bool = False
+    enable_return_routed_experts: bool = False
+    # Further options, as the user wrote them, that need SGLang's own way to the experts.
+    needs_sglang: tuple[str, ...] = ()
+    # What the machine has for SGLang's backends.
+    facts: Facts = field(default=UNKNOWN, hash=False)
 
 
 Check = Callable[[Architecture, Launch], Iterator[str]]
@@ -169,7 +191,8 @@ def _format(arch: Architecture, launch: Launch) -> Iterator[str]:
             )
         return
     title = recipe.quantised.title
-    if launch.hardware:
+    # The CPU platform dequantises, and says itself what it cannot.
+    if launch.hardware not in (None, rules.CPU):
         yield from _kernels(recipe, launch, launch.hardware)
     if recipe.cut_experts and launch.tp != launch.ep * launch.moe_dp:
         yield (
@@ -177,6 +200,13 @@ def _format(arch: Architecture, launch: Launch) -> Iterator[str]:
             f"{launch.tp // (launch.ep * launch.moe_dp)} ranks: {recipe.cut_experts}; use "
             f"--ep-size {launch.tp // launch.moe_dp} for whole experts."
         )
+
+
+def _exchange(arch: Architecture, launch: Launch) -> Iterator[str]:
+    # What the plan says of sizes that cannot be would only be noise.
+    if not legality.refusals(arch, launch):
+        yield from rules.refusals(arch, launch)
+        yield from backends.refusals(arch, launch, launch.facts)
 
 
 CHECKS: tuple[Check, ...] = (
@@ -188,4 +218,5 @@ CHECKS: tuple[Check, ...] = (
     _routing,
     _placement,
     _format,
+    _exchange,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -110,6 +111,15 @@ DpLmHead = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+class Hardware(StrEnum):
+    """Where a launch that is asked about would run."""
+
+    cuda = "cuda"
+    rocm = "rocm"
+    ascend = "ascend"
+    cpu = "cpu"
+
+
 @app.command()
 def topology(
     config: Annotated[
@@ -123,14 +133,42 @@ def topology(
     nodes: Nodes = 1,
     redundant_experts: RedundantExperts = 0,
     dp_lm_head: DpLmHead = False,
+    hardware: Annotated[Hardware, typer.Option(help="Where it would run.")] = Hardware.cuda,
+    capability: Annotated[
+        float, typer.Option(help="Compute capability of the GPUs, with --hardware cuda.")
+    ] = 9.0,
+    quantization: Annotated[
+        str | None, typer.Option(help="As for SGLang; the checkpoint's without.")
+    ] = None,
+    moe_exchange: Annotated[
+        str | None,
+        typer.Option(envvar="SGLANG_MINIMAX_MOE", help="Path to the experts to take."),
+    ] = None,
+    moe_runner_backend: Annotated[str, typer.Option(help="As for SGLang.")] = "auto",
+    moe_a2a_backend: Annotated[str, typer.Option(help="As for SGLang.")] = "none",
     as_json: AsJson = False,
 ) -> None:
-    """Show which rank owns what, and with whom; exit 1 where the model cannot be divided so."""
+    """Show which rank owns what, and how tokens reach their experts; exit 1 where it is refused."""
     from sglang_minimax.cli.topology import topology as show
-    from sglang_minimax.legality import Sizes
+    from sglang_minimax.support import Launch
 
-    sizes = Sizes(tp=tp, dp=dp, ep=ep, pp=pp, nodes=nodes, ep_redundant=redundant_experts)
-    _stop_on_user_error(lambda: show(config, sizes, dp_lm_head=dp_lm_head, as_json=as_json))
+    on_gpus = hardware is Hardware.cuda
+    launch = Launch(
+        tp=tp,
+        dp=dp,
+        ep=ep,
+        pp=pp,
+        nodes=nodes,
+        ep_redundant=redundant_experts,
+        hardware=hardware.value,
+        capability=round(10 * capability) if on_gpus else None,
+        quantization=quantization,
+        moe_exchange=moe_exchange,
+        moe_runner_backend=moe_runner_backend,
+        moe_a2a_backend=moe_a2a_backend,
+        prefill_graphs=on_gpus and pp == 1,
+    )
+    _stop_on_user_error(lambda: show(config, launch, dp_lm_head=dp_lm_head, as_json=as_json))
 
 
 @app.command()

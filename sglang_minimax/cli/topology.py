@@ -1,18 +1,26 @@
-"""`sglang-minimax topology`: which rank owns what, as a table or as JSON. No torch, no SGLang."""
+"""`sglang-minimax topology`: which rank owns what, and how tokens reach their experts.
+
+As tables or as JSON, for a launch that is only asked about. No torch, no SGLang.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from sglang_minimax import legality
+from sglang_minimax import support
 from sglang_minimax.cli import tables
 from sglang_minimax.config import Architecture
 from sglang_minimax.errors import ConfigError
+from sglang_minimax.moe_exchange import report as exchange
+from sglang_minimax.moe_exchange.plan import ExchangePlan, default_of_sglang, plan_for
+from sglang_minimax.moe_exchange.rules import CPU, resolved
+from sglang_minimax.platforms.cpu import support as cpu_support
 from sglang_minimax.topology import (
     GROUP_KINDS,
     AttentionShard,
@@ -33,21 +41,26 @@ BF16_BYTES = 2
 
 def topology(
     config: Path | None,
-    sizes: legality.Sizes,
+    launch: support.Launch,
     *,
     dp_lm_head: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Print the shares of all ranks; 1 with a sentence an obstacle on stderr where there are none.
+    """Print the shares of all ranks and the plan; 1 with sentences on stderr where it is refused.
 
-    config: a config.json or a checkpoint folder, None for the published shape. Raises ConfigError.
+    config: a config.json or a checkpoint folder, None for the published shape. launch: as it was
+    asked for; a quantisation that it does not name is the checkpoint's. Raises ConfigError.
     """
     arch = architecture(config)
-    if obstacles := legality.refusals(arch, sizes):
+    launch = replace(resolved(launch), quantization=launch.quantization or arch.recipe.method)
+    obstacles = support.refusals(arch, launch)
+    if not obstacles and launch.hardware == CPU:
+        obstacles = list(cpu_support.refusals(arch, launch))
+    if obstacles:
         for obstacle in obstacles:
             typer.echo(f"sglang-minimax: {obstacle}", err=True)
         return 1
-    report = Report(arch, sizes, dp_lm_head)
+    report = Report(arch, launch, dp_lm_head)
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=1))
     else:
@@ -77,11 +90,13 @@ def architecture(config: Path | None) -> Architecture:
 class Report:
     """The shares of all ranks of one legal shape, and what they have in common."""
 
-    def __init__(self, arch: Architecture, sizes: legality.Sizes, dp_lm_head: bool) -> None:
+    def __init__(self, arch: Architecture, launch: support.Launch, dp_lm_head: bool) -> None:
         self.arch = arch
-        self.redundant = sizes.ep_redundant
+        self.redundant = launch.ep_redundant
         self.dp_lm_head = dp_lm_head
-        self.topology = Topology(sizes.tp, sizes.dp, sizes.ep, sizes.pp, sizes.nodes)
+        self.topology = Topology(launch.tp, launch.dp, launch.ep, launch.pp, launch.nodes)
+        self.plan = plan_for(arch, launch)
+        self.sglangs = default_of_sglang(arch, launch)
         self.shares = rank_shares(
             arch, self.topology, dp_lm_head=dp_lm_head, redundant_experts=self.redundant
         )
@@ -105,6 +120,10 @@ class Report:
             "variance_divisors": {"q": first.q_divisor, "k": first.k_divisor},
             "vocabulary_rows_in_memory": self._vocabulary_in_memory(),
             "groups": {kind: self.topology.groups(kind) for kind in GROUP_KINDS},
+            "exchange": {
+                **exchange.as_dict(self.plan, self.topology),
+                "sglang": exchange.as_dict(self.sglangs, self.topology),
+            },
             "ranks": [self._rank_as_dict(share) for share in self.shares],
         }
 
@@ -136,7 +155,7 @@ class Report:
     # --- tables ---
 
     def show(self) -> None:
-        """Print the sizes, what all ranks have in common, the groups, and one row a rank."""
+        """Print the sizes, what all ranks have in common, the groups, the plan, one row a rank."""
         columns = {title: [cell(self, share) for share in self.shares] for title, cell in COLUMNS}
         same = {title: cells[0] for title, cells in columns.items() if len(set(cells)) == 1}
         common = ", ".join(f"{title} {cell}" for title, cell in same.items())
@@ -146,12 +165,39 @@ class Report:
         tables.show(
             tables.table("groups of", "number", "size", "global ranks", rows=self._groups())
         )
+        self._show_plan()
         differing = {title: cells for title, cells in columns.items() if title not in same}
         ranks = [str(share.rank) for share in self.shares]
         if differing:
             tables.show(
                 tables.table("rank", *differing, rows=zip(ranks, *differing.values(), strict=True))
             )
+
+    def _show_plan(self) -> None:
+        """The exchange, and the collectives of a layer beside those of SGLang's default."""
+        tables.show(tables.pairs(exchange.pairs(self.plan)))
+        plans = {plan.path.name: plan for plan in (self.plan, self.sglangs)}
+        moves = [row for plan in plans.values() for row in self._moves(plan)]
+        if moves:
+            tables.show(tables.table(*MOVES, rows=moves, right=("given B",)))
+            received = [row for plan in plans.values() for row in self._received(plan)]
+            tables.show(tables.table(*RECEIVED, rows=received, right=RECEIVED[-1:]))
+
+    def _moves(self, plan: ExchangePlan) -> Iterator[tuple[str, ...]]:
+        for name, batch in exchange.batches(self.topology):
+            for step in exchange.steps(plan, self.topology, batch):
+                group, given = GROUP_TITLES[step.move.kind], f"{step.move.given:,}"
+                most = "" if step.move.exact else "at most "
+                dtype, operation = step.dtype, step.move.operation
+                yield plan.path.name, name, operation, group, most + given, dtype, step.what
+
+    def _received(self, plan: ExchangePlan) -> Iterator[tuple[str, ...]]:
+        for name, batch in exchange.batches(self.topology):
+            rows = "+".join(map(str, batch.groups[:GROUPS_SHOWN]))
+            more = "+..." if len(batch.groups) > GROUPS_SHOWN else ""
+            each = exchange.per_token(plan, self.topology, batch)
+            received = "its kernels'" if each is None else f"{each:,.0f}"
+            yield plan.path.name, name, rows + more, received
 
     def summary(self) -> list[tuple[str, str]]:
         """(what, how much) of the whole topology."""
@@ -241,6 +287,8 @@ PLACES = (
     "moe_tp_rank",
 )
 GROUPS_SHOWN = 4
+MOVES = ("path", "forward", "collective of a layer", "group", "given B", "type", "what")
+RECEIVED = ("path", "forward", "rows of the groups", "B received a token a layer")
 GROUP_TITLES = {
     "tp": "TP",
     "attention_tp": "attention-TP",

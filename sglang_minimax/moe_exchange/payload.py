@@ -27,8 +27,8 @@ ALIGNMENT = 4
 class Payload:
     """The parts of one row, in this order: values, scales, ids, weights.
 
-    values, scales: bytes. top_k: experts a token. Raises TopologyError where columns do not come
-    in whole groups.
+    values, scales: bytes. top_k: experts a token, of `experts`. Raises TopologyError where columns
+    do not come in whole groups.
     """
 
     rows: Rows
@@ -36,6 +36,7 @@ class Payload:
     top_k: int
     item_bytes: int = 2
     scale_bytes: int = 4
+    experts: int = 256
 
     @property
     def values(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,25 @@ from sglang_minimax import ARCHITECTURE, plugin
 from sglang_minimax.config import Architecture
 from sglang_minimax.errors import MinimaxError
 from sglang_minimax.loading.files import check_checkpoint, folder_of
+from sglang_minimax.moe_exchange import report
+from sglang_minimax.moe_exchange.paths import CUSTOMIZED
+from sglang_minimax.moe_exchange.plan import plan_for
+from sglang_minimax.moe_exchange.rules import CPU, VARIABLE, resolved
+from sglang_minimax.patches.communication import facts_of
 from sglang_minimax.platforms import choice
 from sglang_minimax.platforms.cpu import support as cpu_support
 from sglang_minimax.support import Launch, notes, refusals
 
 logger = logging.getLogger(__name__)
 
-#: Environment variable that names a path to the experts, one of moe_exchange.paths.FORCEABLE.
-MOE_EXCHANGE = "SGLANG_MINIMAX_MOE"
+# Options that need SGLang's own way to the experts: field -> as the user wrote it.
+STANDARD_ONLY = {
+    "lora_paths": "--lora-paths",
+    "elastic_ep_backend": "--elastic-ep-backend",
+    "enable_pd_role_switch": "--enable-pd-role-switch",
+    "enable_paged_experts": "--enable-paged-experts",
+    "kt_weight_path": "--kt-weight-path",
+}
 
 Step = Callable[[Any], None]
 
@@ -52,6 +63,7 @@ def register_launch_checks() -> None:
     # Before SGLang's own assertions about sizes, and again when backends have had their say:
     # an all-to-all backend sets the expert-parallel size.
     register_resolution_hook("handle_data_parallelism")(check_launch_early)
+    register_resolution_hook("handle_moe_kernel_config")(take_the_exchange)
     register_resolution_hook("handle_load_format")(check_launch)
 
 
@@ -81,6 +93,27 @@ def check_launch_early(server_args: Any, previous: Step) -> None:
     """`check_launch`, unless a step that is still to come changes the sizes."""
     if asked_for_ours(server_args) and launch_of(server_args).moe_a2a_backend == "none":
         refuse_unsupported(server_args)
+    previous(server_args)
+
+
+def take_the_exchange(server_args: Any, previous: Step) -> None:
+    """Put SGLang's backend for exchanges of others in place where the plan has one of ours.
+
+    Here because sizes, quantisation and the model's own runner are resolved by now, and SGLang's
+    assertions about runners and the first step that asks for the backend are still to come. Only
+    CUDA graphs have been decided without it; SGLang's rules for them are asked again.
+    """
+    if asked_for_ours(server_args):
+        refuse_unsupported(server_args)
+        plan = plan_for(_architecture_of(server_args), launch_of(server_args))
+        for line in report.lines(plan):
+            logger.info(line)
+        if plan.path.is_ours:
+            from sglang.srt.arg_groups.cuda_graph_hook import apply_cuda_graph_compatibility
+            from sglang.srt.arg_groups.overrides import declare_resolution
+
+            declare_resolution(server_args, "sglang-minimax", moe_a2a_backend=CUSTOMIZED)
+            apply_cuda_graph_compatibility(server_args)
     previous(server_args)
 
 
@@ -121,7 +154,7 @@ def launch_of(server_args: Any) -> Launch:
 
     cfg = resolving_view(server_args)
     hardware, capability = _hardware()
-    return Launch(
+    launch = Launch(
         tp=cfg.tp_size,
         dp=cfg.attn_dp_size,
         ep=cfg.ep_size,
@@ -134,15 +167,70 @@ def launch_of(server_args: Any) -> Launch:
         ep_redundant=cfg.ep_num_redundant_experts,
         speculative_algorithm=cfg.speculative_algorithm,
         quantization=model_config_of(server_args).quantization,
-        moe_a2a_backend=cfg.moe_a2a_backend,
+        moe_a2a_backend=_backend(cfg),
         moe_runner_backend=cfg.moe_runner_backend,
-        moe_exchange=os.environ.get(MOE_EXCHANGE) or None,
+        moe_exchange=os.environ.get(VARIABLE) or None,
         enable_return_hidden_states=cfg.enable_return_hidden_states,
         enable_eplb=cfg.enable_eplb,
         init_expert_location=cfg.init_expert_location,
         hardware=hardware,
         capability=capability,
+        item_bytes=model_config_of(server_args).dtype.itemsize,
+        deepep_mode=cfg.deepep_mode,
+        deepep_dispatcher_output_dtype=cfg.deepep_dispatcher_output_dtype,
+        chunked_prefill_size=cfg.chunked_prefill_size,
+        decode_graph_rows=_decode_graph_rows(cfg),
+        disaggregation_mode=cfg.disaggregation_mode,
+        prefill_graphs=_prefill_graphs(server_args),
+        allreduce_fusion=cfg.flashinfer_allreduce_fusion_backend,
+        no_allreduce_fusion=(
+            cfg.enforce_disable_flashinfer_allreduce_fusion or cfg.enable_deterministic_inference
+        ),
+        no_fp4_allgather=cfg.disable_flashinfer_cutlass_moe_fp4_allgather,
+        enable_lora=bool(cfg.enable_lora),
+        enable_return_routed_experts=bool(cfg.enable_return_routed_experts),
+        needs_sglang=tuple(_standard_only(cfg)),
+        facts=facts_of(server_args),
     )
+    return resolved(launch)
+
+
+def _decode_graph_rows(cfg: Any) -> int | None:
+    """The largest batch of decode's CUDA graphs, None where there are none or it is not known."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    graphs = cfg.cuda_graph_config
+    if not hasattr(graphs, "decode") or graphs.decode.backend == Backend.DISABLED:
+        return None
+    return graphs.decode.max_bs
+
+
+def _prefill_graphs(server_args: Any) -> bool:
+    """Whether SGLang would capture CUDA graphs of prefill by itself, as resolved so far."""
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
+
+    graphs = resolving_view(server_args).cuda_graph_config
+    asked = (Phase.PREFILL, "backend") in getattr(server_args, "_cuda_graph_config_locked", ())
+    return hasattr(graphs, "prefill") and graphs.prefill.backend == Backend.BREAKABLE and not asked
+
+
+def _standard_only(cfg: Any) -> Iterator[str]:
+    for name, option in STANDARD_ONLY.items():
+        if getattr(cfg, name):
+            yield option
+    if cfg.dwdp_size > 1:
+        yield f"--dwdp-size {cfg.dwdp_size}"
+    # SGLang then tells a rank the rows of its own group alone (utils.common.require_mlp_tp_gather).
+    if cfg.moe_dense_tp_size is not None and cfg.enable_dp_lm_head:
+        yield f"--moe-dense-tp-size {cfg.moe_dense_tp_size} with --enable-dp-lm-head"
+
+
+def _backend(cfg: Any) -> str:
+    """--moe-a2a-backend as SGLang will have it (overrides._a2a_backend_overrides)."""
+    if cfg.enable_waterfill and cfg.moe_a2a_backend not in ("deepep", "megamoe"):
+        return "deepep"
+    return cfg.moe_a2a_backend
 
 
 def _hardware() -> tuple[str | None, int | None]:
@@ -150,7 +238,7 @@ def _hardware() -> tuple[str | None, int | None]:
     import torch
 
     if choice.cpu_platform_chosen():
-        return None, None
+        return CPU, None
     if torch.version.hip is not None:
         return "rocm", None
     if torch.cuda.is_available():

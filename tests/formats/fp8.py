@@ -20,17 +20,17 @@ INPUT_SCALE = 0.02
 IGNORED = ["gate", "e_score_correction_bias", "lm_head"]
 
 
-def spread(values: torch.Tensor) -> torch.Tensor:
+def spread(values: torch.Tensor, block: int = BLOCK) -> torch.Tensor:
     """A scale for each block over the elements of that block."""
-    return values.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    return values.repeat_interleave(block, 0).repeat_interleave(block, 1)
 
 
-def _blocks(weight: torch.Tensor) -> tuple[State, torch.Tensor]:
-    rows, columns = (size // BLOCK for size in weight.shape)
-    peaks = weight.abs().view(rows, BLOCK, columns, BLOCK).amax((1, 3))
+def _blocks(weight: torch.Tensor, block: int) -> tuple[State, torch.Tensor]:
+    rows, columns = (size // block for size in weight.shape)
+    peaks = weight.abs().view(rows, block, columns, block).amax((1, 3))
     scale = peaks / LARGEST
-    stored = (weight / spread(scale)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return {"weight": stored, "weight_scale_inv": scale}, stored.float() * spread(scale)
+    stored = (weight / spread(scale, block)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return {"weight": stored, "weight_scale_inv": scale}, stored.float() * spread(scale, block)
 
 
 def _whole(weight: torch.Tensor, static: bool) -> tuple[State, torch.Tensor]:
@@ -50,16 +50,21 @@ def _fixture(name: str, quantization: dict[str, Any], quantise: Any, **more: Any
     return fixture_of(name, quantization, stored, truth, **more)
 
 
-def blocks() -> Fixture:
+def blocks(block: int = BLOCK) -> Fixture:
     """As published, in smaller blocks."""
     quantization = {
         "quant_method": "fp8",
         "fmt": "float8_e4m3fn",
         "activation_scheme": "dynamic",
-        "weight_block_size": [BLOCK, BLOCK],
+        "weight_block_size": [block, block],
         "modules_to_not_convert": IGNORED,
     }
-    return _fixture("fp8-blocks", quantization, _blocks, activations="group-64")
+    return _fixture(
+        "fp8-blocks" if block == BLOCK else f"fp8-blocks-{block}",
+        quantization,
+        lambda weight: _blocks(weight, block),
+        activations=f"group-{block}",
+    )
 
 
 def dynamic() -> Fixture:

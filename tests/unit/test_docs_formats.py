@@ -45,7 +45,7 @@ INPUTS = {
     "static-fp8": "FP8, the checkpoint's scale",
     "token-int8": "INT8, a scale for each token",
     "static-int8": "INT8, the checkpoint's scale and offset",
-    "group-nvfp4": "as they are; Blackwell rounds them to 4 bits",
+    "group-nvfp4": "FP4, a scale for each token and 16 columns under the checkpoint's",
     "group-mxfp4": "as they are; MI350 rounds them to 4 bits",
 }
 

@@ -12,6 +12,7 @@ from sglang_minimax.config import Architecture
 from sglang_minimax.legality import OPTIONS, REDUNDANT
 from sglang_minimax.loading.formats.base import Kernel, Names
 from sglang_minimax.loading.formats.fp8 import blocks
+from sglang_minimax.moe_exchange.supported import Facts
 from sglang_minimax.support import Launch, refusals
 
 FP8 = Architecture.from_config(
@@ -275,3 +276,27 @@ def test_experts_that_no_kernel_takes_in_parts_must_be_whole():
     assert refusals(whole, Launch(tp=8, ep=8)) == []
     assert refusals(whole, Launch(tp=1)) == []
     assert refusals(whole, Launch(tp=8, ep=4, moe_dp=2, attention_cp=2)) == []
+
+
+def test_the_exchange_is_judged_with_the_rest():
+    """Its rules are those of test_moe_plan.py; here is that they are asked."""
+    assert "SGLANG_MINIMAX_MOE=nothing names no path" in only(FP8, tp=8, moe_exchange="nothing")
+    runner = only(FP8, tp=8, moe_runner_backend="flashinfer_cutlass")
+    assert "flashinfer_cutlass has no kernels for FP8" in runner
+
+
+def test_the_machine_is_asked_for_a_backend():
+    gpus = {"tp": 8, "ep": 8, "hardware": "cuda", "capability": 90, "moe_a2a_backend": "deepep"}
+    assert refusals(FP8, Launch(**gpus)) == []
+    assert "not installed" in only(FP8, **gpus, facts=Facts(missing=frozenset({"deepep"})))
+
+
+def test_sizes_are_judged_before_the_exchange():
+    """A plan for sizes that divide nothing would fail on its own arithmetic."""
+    said = refusals(FP8, Launch(tp=8, dp=3, moe_exchange="nothing"))
+    assert len(said) == 1
+    assert "--attn-dp-size 3" in said[0]
+
+
+def test_formats_are_not_held_against_the_cpu_platform():
+    assert refusals(KERNELS, Launch(hardware="cpu")) == []

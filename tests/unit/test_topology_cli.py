@@ -124,9 +124,77 @@ def test_a_checkpoint_folder() -> None:
     assert "0-255" in text
 
 
+def plan_of(*arguments: str) -> tuple[str, str, str]:
+    found = as_json(*arguments)["exchange"]
+    return found["path"], found["runner"], found["combine"]
+
+
+def test_the_plan_is_that_of_the_published_checkpoint_on_hopper() -> None:
+    assert plan_of("--tp", "8", "--ep", "8")[0] == "sglang"
+    assert plan_of("--tp", "8", "--dp", "8") == ("gather-fp8", "triton", "reduce-scatter")
+
+
+def test_the_plan_follows_what_is_asked() -> None:
+    sizes = ("--tp", "8", "--dp", "4", "--ep", "8")
+    assert plan_of(*sizes, "--hardware", "rocm")[0] == "sglang"
+    assert plan_of(*sizes, "--hardware", "cpu")[:2] == ("gather-fp8", "torch")
+    assert plan_of(*sizes, "--moe-exchange", "gather")[0] == "gather"
+    assert plan_of(*sizes, "--moe-runner-backend", "deep_gemm")[:2] == ("gather", "deep_gemm")
+    assert plan_of("--tp", "8", "--moe-a2a-backend", "deepep")[0] == "deepep"
+    fused = "all-reduce fused with residual add and norm"
+    assert plan_of("--tp", "8", "--nodes", "2", "--capability", "10.0")[2] == fused
+    assert plan_of("--tp", "8", "--nodes", "2", "--capability", "9.0")[2] == "all-reduce"
+
+
+def test_the_variable_asks_for_a_path_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_MINIMAX_MOE", "gather")
+    assert plan_of("--tp", "8", "--dp", "8")[0] == "gather"
+
+
+def test_moves_of_a_layer_beside_those_of_sglang() -> None:
+    found = as_json("--tp", "8", "--dp", "8", "--ep", "8")["exchange"]
+    decode, theirs = found["layer"]["decode"], found["sglang"]["layer"]["decode"]
+    assert decode["rows"] == [32] * 8
+    assert [(move["operation"], move["group"]) for move in decode["moves"]] == [
+        ("all_gather_into_tensor", "tp"),
+        ("reduce_scatter_tensor", "tp"),
+    ]
+    # 3072 codes, 24 scales, 8 ids and weights; and 2 bytes for each of 3072 outputs of 256 rows.
+    assert [move["given"] for move in decode["moves"]] == [32 * 3232, 256 * 6144]
+    assert [move["given"] for move in theirs["moves"]] == [32 * 6144, 256 * 6144]
+    assert decode["received_a_token"] == (3232 + 6144) * 7 / 8
+    assert theirs["received_a_token"] == 2 * 6144 * 7 / 8
+    prefill = found["layer"]["prefill"]
+    assert prefill["padding"] == "SUM_LEN"
+    assert len(set(prefill["rows"])) == 2
+    assert [move["operation"] for move in prefill["moves"]] == ["all_gatherv", "reduce_scatterv"]
+
+
+def test_the_moves_of_kernels_are_not_made_up() -> None:
+    sizes = ("--tp", "8", "--dp", "8", "--moe-a2a-backend", "deepep")
+    assert as_json(*sizes)["exchange"]["layer"]["decode"]["received_a_token"] is None
+    assert "its kernels'" in run(*sizes)[1]
+
+
+def test_the_plan_shows_with_its_reasons_and_price() -> None:
+    _, text, _ = run("--tp", "8", "--dp", "8", "--ep", "8")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert any(line.startswith("path to the experts gather-fp8: the fewest") for line in lines)
+    assert any(line.startswith("price SGLang captures no CUDA graphs of prefill") for line in lines)
+    gather = "gather-fp8 decode all_gather_into_tensor TP 103,424 e4m3 with fp32 scales"
+    assert any(line.startswith(gather) for line in lines)
+    assert "gather-fp8 decode 32+32+32+32+... 8,204" in lines
+    assert "sglang prefill 1024+2048+2048+2048+... 16,128" in lines
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (("--tp", "8", "--moe-exchange", "gather-fp4"), "use SGLANG_MINIMAX_MOE=gather"),
+        (("--tp", "8", "--moe-exchange", "everything"), "names no path"),
+        (("--tp", "8", "--moe-runner-backend", "flashinfer_cutlass"), "which means triton here."),
+        (("--tp", "8", "--hardware", "cpu", "--moe-a2a-backend", "deepep"), "needs a GPU"),
+        (("--tp", "8", "--capability", "8.0"), "compute capability 8.0"),
         (("--tp", "12"), "use --attn-dp-size 3, or --tp-size 8 or 16."),
         (("--tp", "16", "--ep", "16", "--nodes", "3"), "use --nnodes 2 or 4."),
         (("--tp", "0"), "use --tp-size 1 or more."),

@@ -62,6 +62,8 @@ def unpack(payload: Payload, packed: torch.Tensor, types: Types) -> Parcel:
 
 
 def _bytes(part: torch.Tensor) -> torch.Tensor:
+    if part.stride(-1) != 1:  # a single column counts as contiguous whatever its stride is
+        part = part.clone(memory_format=torch.contiguous_format)
     return part.contiguous().view(torch.uint8)
 
 

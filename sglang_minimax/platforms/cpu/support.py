@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sglang_minimax.config import Architecture
+from sglang_minimax.moe_exchange.rules import FREE
 from sglang_minimax.support import Launch
 
 #: SGLang's names of the formats that are dequantised here; `quantised` computes with them.
@@ -25,7 +26,7 @@ QUANTIZATIONS = (
 
 def refusals(arch: Architecture, launch: Launch) -> Iterator[str]:
     """Yield the reasons not to start `launch` on this platform."""
-    if launch.moe_a2a_backend != "none":
+    if launch.moe_a2a_backend not in FREE:
         yield (
             f"--moe-a2a-backend {launch.moe_a2a_backend} needs a GPU; on the CPU platform start "
             "without it, expert parallelism works over gloo."
