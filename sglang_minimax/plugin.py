@@ -118,7 +118,7 @@ def _attach(entry: Patch | Registration, module: ModuleType) -> None:
     except Exception as error:
         _status[entry.target] = f"{type(error).__name__}: {error}"
     else:
-        _status[entry.target] = APPLIED
+        _status.setdefault(entry.target, APPLIED)  # a failure under the same name stays
 
 
 def _replace(patch: Patch, module: ModuleType) -> None:

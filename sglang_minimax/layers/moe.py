@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sglang_minimax.config import Architecture
+from sglang_minimax.layers.plan import plan_here
 from sglang_minimax.layers.router import Router
 from sglang_minimax.layers.stage import expert_cut_here
 
@@ -56,6 +57,7 @@ class MiniMaxM2MoE(nn.Module):
         prefix: str = "",
     ) -> None:
         super().__init__()
+        plan_here()  # on all ranks, whichever dispatcher each would take
         self.gate = MiniMaxM2Gate(arch.num_experts, arch.hidden_size)
         self.e_score_correction_bias = nn.Parameter(
             torch.empty(arch.num_experts, dtype=torch.float32), requires_grad=False
