@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+from sglang_minimax.moe_exchange.paths import SGLANG
+from sglang_minimax.moe_exchange.rules import VARIABLE
 
 
 def serve_intree() -> None:
-    """A `before` for EngineProcess: the in-tree class takes our class's place.
+    """A `before` for EngineProcess: the in-tree class with its own exchange, in place of ours.
 
     Its QK norm calls two Triton kernels that assert CUDA. On a machine without a GPU they are
     replaced by the same arithmetic in PyTorch (srt/models/minimax_m2.py of 0.5.23, kernels
@@ -18,6 +23,7 @@ def serve_intree() -> None:
     from sglang_minimax.models import minimax_m2 as ours
     from sglang_minimax.patches import model_registry
 
+    os.environ[VARIABLE] = SGLANG.name
     model_registry.our_model_class = lambda: minimax_m2.MiniMaxM2ForCausalLM
     # What the harness watches inside the ranks is then the in-tree model too.
     ours.MiniMaxM2ForCausalLM = minimax_m2.MiniMaxM2ForCausalLM

@@ -17,6 +17,15 @@ HEAD = (
     "of in-tree's",
     "model, us",
 )
+SHORT_HEAD = (
+    "FP8 checkpoint",
+    "decode, in-tree",
+    "ours",
+    "the gather alone",
+    "prefill, in-tree",
+    "ours",
+    "the gather alone",
+)
 ENGINE_HEAD = (
     "topology",
     "checkpoint",
@@ -127,6 +136,28 @@ def lines(rows: Iterable[Row], load: str) -> list[tuple[str, ...]]:
 
 
 _PARTS = ("attention", "gather", "combine", "total")
+
+
+def short_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """Bytes a token a layer with attention DP and FP8, by topology, decode and prefill."""
+    found = {
+        (row["topology"], row["load"], row["way"]): row
+        for row in rows
+        if row["checkpoint"] == "FP8" and row["load"] in ("decode", "prefill")
+    }
+    lines = []
+    for name in dict.fromkeys(topology for topology, _, _ in found):
+        if found[name, "decode", "ours"]["path"] == "sglang":
+            continue  # without attention DP there is nothing to gather
+        cells = []
+        for load in ("decode", "prefill"):
+            theirs, ours = found[name, load, "in-tree"], found[name, load, "ours"]
+            share = (
+                ours["bytes_a_token_a_layer"]["gather"] / theirs["bytes_a_token_a_layer"]["gather"]
+            )
+            cells += [f"{total(theirs):,.0f}", f"{total(ours):,.0f}", f"{100 * share:.0f} %"]
+        lines.append((name, *cells))
+    return lines
 
 
 def microseconds(ends: Iterable[float]) -> str:

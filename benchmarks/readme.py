@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import parser_table, prologue_table
+from benchmarks import moe_comm_table, parser_table, prologue_table
 from benchmarks.common import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
@@ -160,6 +160,13 @@ def parsers() -> str:
     return table + _source("parsers", data["provenance"])
 
 
+def communication() -> str:
+    """Bytes to the experts and back with attention DP and an FP8 checkpoint."""
+    data = _read("moe_comm")
+    table = _table(moe_comm_table.SHORT_HEAD, moe_comm_table.short_lines(data["rows"]))
+    return table + _source("moe_comm", data["provenance"])
+
+
 def _pairs(rows: list[Result], checkpoint: str) -> dict[str, tuple[Result, Result]]:
     """topology -> the rows of both loaders, in-tree first."""
     found = {
@@ -183,6 +190,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "load": load,
     "prologue": prologue,
     "parsers": parsers,
+    "communication": communication,
     "tiny": tiny,
 }
 
