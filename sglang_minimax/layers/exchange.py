@@ -15,7 +15,8 @@ from sglang.srt.distributed.device_communicators.custom_all_reduce_utils import 
     is_one_nvlink_clique,
 )
 from sglang.srt.distributed.parallel_state import in_the_same_node_as
-from sglang.srt.runtime_context import get_parallel, get_server_args
+from sglang.srt.environ import envs
+from sglang.srt.runtime_context import get_exec, get_parallel, get_server_args
 
 from jit_kernels.choice import KernelUnavailable
 from jit_kernels.qk_norm_rope.channel import open_channel
@@ -48,14 +49,17 @@ def _alone(arguments: Any) -> bool:
     """Whether nothing beside the exchange waits for a peer: kernels on other streams need room.
 
     Pipeline stages send and receive, EPLB moves experts, SGLang's dispatch backends poll, and
-    disaggregated servers hand caches over while batches run. Collectives of the forward itself, our
-    dispatchers' among them, come after it on the same stream.
+    disaggregated servers hand caches over while batches run, and schedulers can be told to agree on
+    the next batch by NCCL meanwhile. Collectives of the forward itself, our dispatchers' among
+    them, come after it on the same stream.
     """
     return (
         arguments.pp_size == 1
         and not arguments.enable_eplb
-        and arguments.moe_a2a_backend in ("none", CUSTOMIZED)
+        # As resolved: an option for something else may have asked for DeepEP.
+        and get_exec().moe.moe_a2a_backend in ("none", CUSTOMIZED)
         and arguments.disaggregation_mode == "null"
+        and not envs.SGLANG_NCCL_ALL_GATHER_IN_OVERLAP_SCHEDULER_SYNC_BATCH.get()
     )
 
 

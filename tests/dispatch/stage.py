@@ -17,7 +17,7 @@ from sglang.srt.layers.moe.token_dispatcher import standard
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
-from sglang_minimax.layers.dispatch import all_to_all, factory, gather, rows
+from sglang_minimax.layers.dispatch import all_to_all, dispatcher, factory, gather, rows
 from sglang_minimax.moe_exchange.paths import Path, Rows
 from sglang_minimax.platforms.cpu.experts import local_experts
 from sglang_minimax.topology import Topology
@@ -144,7 +144,7 @@ class Stage:
         """Let SGLang's state be that of the thread's rank. Once a test."""
         self._parallels: dict[int, Any] = {}
         patch = self.monkeypatch.setattr
-        for module in (gather, rows, all_to_all, standard):
+        for module in (gather, rows, all_to_all, dispatcher, standard):
             patch(module, "get_parallel", lambda: self._parallels[own_rank()])
         patch(rows, "is_dp_attention_enabled", lambda: self.topology.dp > 1)
         patch(rows, "get_dp_global_num_tokens", lambda: list(self.groups))
@@ -177,17 +177,18 @@ class Stage:
         w13 = torch.cat([gate[:, cut], up[:, cut]], dim=1)
         w2 = model.w2[experts][:, :, cut]
 
-        layer = SimpleNamespace(w13_input_scale=torch.full((EXPERTS, 2), 2.0**-9))
-        dispatcher = factory.dispatcher_for(self.path, self._config(layer))
+        scales = torch.full((EXPERTS, 2), 2.0**-9)
+        layer = SimpleNamespace(w13_input_scale=scales, is_draft=False)
+        made = factory.dispatcher_for(self.path, self._config(layer))
         mine = self.rows_of(rank)
         part = slice(mine.start, mine.stop)
         chosen = StandardTopKOutput(model.weights[part], model.ids[part], torch.empty(0))
-        came = dispatcher.dispatch(model.hidden[part], chosen)
+        came = made.dispatch(model.hidden[part], chosen)
         self.arrived[rank] = came
         weights, ids, _ = came.topk_output
         x = self._decoded(came)
         outputs = local_experts(x, w13, w2, weights, ids)
-        result = dispatcher.combine(StandardCombineInput(outputs))
+        result = made.combine(StandardCombineInput(outputs))
         self.calls[rank] = group.calls
         return result
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from sglang.srt.layers.moe.token_dispatcher.base import BaseDispatcher
 from sglang.srt.layers.moe.token_dispatcher.standard import (
     StandardCombineInput,
     StandardDispatcher,
@@ -20,8 +19,7 @@ from sglang.srt.layers.moe.token_dispatcher.standard import (
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_minimax.layers.dispatch.codecs import Codec
-from sglang_minimax.layers.dispatch.gather import deliver
-from sglang_minimax.layers.dispatch.packing import Parcel, pack, unpack
+from sglang_minimax.layers.dispatch.dispatcher import RowDispatcher
 from sglang_minimax.moe_exchange.payload import Payload
 from sglang_minimax.shards import exact_div
 
@@ -39,33 +37,20 @@ class Route(NamedTuple):
     total: int
 
 
-class AllToAllDispatcher(BaseDispatcher):
-    """SGLang's dispatcher interface over two all-to-alls, and a third for the sizes."""
+class AllToAllDispatcher(RowDispatcher):
+    """Two all-to-alls, and a third for the sizes."""
 
     def __init__(self, payload: Payload, codec: Codec, standard: StandardDispatcher) -> None:
-        """standard: SGLang's, which turns global ids into those of this rank's experts."""
-        super().__init__()
-        self._payload = payload
-        self._codec = codec
-        self._standard = standard
-        self.runner_backend = standard.runner_backend
+        super().__init__(payload, codec, standard)
         self._route: Route | None = None
 
     def dispatch(self, hidden_states: torch.Tensor, topk_output: Any) -> StandardDispatchOutput:
         """This rank's rows, [rows, hidden], and their choices -> rows for this rank's experts."""
         ranks = get_parallel().tp_size
-        held = exact_div(self._standard.num_experts, ranks, "experts over ranks")
-        wanted = destinations(topk_output.topk_ids, ranks, held)
-        self._route = self._agree(wanted)
-        values, scales = self._codec.encode(hidden_states)
-        packed = pack(
-            self._payload,
-            Parcel(values, scales, topk_output.topk_ids, topk_output.topk_weights),
-        )
-        arrived = exchange(packed[self._route.rows], self._route.sent, self._route.received)
-        return deliver(
-            self._standard, self._codec, unpack(self._payload, arrived, self._codec.types)
-        )
+        held = exact_div(self.num_experts, ranks, "experts over ranks")
+        self._route = self._agree(destinations(topk_output.topk_ids, ranks, held))
+        copies = self.wrap(hidden_states, topk_output)[self._route.rows]
+        return self.unwrap(exchange(copies, self._route.sent, self._route.received))
 
     def combine(self, combine_input: StandardCombineInput) -> torch.Tensor:
         """Outputs of the rows that came -> the sums of this rank's own rows, [rows, hidden]."""

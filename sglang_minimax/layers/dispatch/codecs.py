@@ -69,7 +69,7 @@ class Fp8Codec:
         self.types = Types(torch.float8_e4m3fn, torch.float32)
 
     def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if rows.shape[0] == 0 or rows.device.type == "cpu":
+        if rows.device.type == "cpu":
             return fp8_groups(rows, FP8_GROUP)
         # The function that fused_moe_triton_kernels.invoke_fused_moe_kernel calls.
         from sglang.kernels.ops.quantization.fp8_kernel import sglang_per_token_group_quant_fp8
@@ -93,15 +93,21 @@ class Fp4Codec:
         self._layer = layer
 
     def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if rows.shape[0] == 0 or rows.device.type == "cpu":
+        if rows.device.type == "cpu":
             # The same on every rank: each holds the input scales of all experts.
             return fp4_blocks(rows, 1 / self._layer.w13_input_scale.max().float())
+        count, hidden = rows.shape
+        if count == 0:  # which SGLang keeps from the kernel too
+            return (
+                rows.new_empty((0, hidden // 2), dtype=torch.uint8),
+                rows.new_empty((0, hidden // FP4_BLOCK), dtype=torch.uint8),
+            )
         from sglang.srt.layers.quantization.modelopt_quant import fp4_quantize
 
         codes, scales = fp4_quantize(
             rows, self._layer.w13_input_scale_quant, is_sf_swizzled_layout=False
         )
-        return codes, scales.view(torch.uint8).reshape(rows.shape[0], rows.shape[1] // FP4_BLOCK)
+        return codes, scales.view(torch.uint8).reshape(count, hidden // FP4_BLOCK)
 
     def hand_over(
         self, values: torch.Tensor, scales: torch.Tensor | None
