@@ -19,6 +19,16 @@ from sglang_minimax.topology import expert_cut
 
 # What SGLang may do with plain weights while they are loaded.
 ONLINE = (None, "fp8")
+# SGLang's name for how a checkpoint is stored -> its further names for the same, by kernel. What it
+# would make of one on the way, as nvfp4_online of FP8 blocks, is not loaded by us.
+ALSO_CALLED = {
+    "awq": ("awq_marlin", "moe_wna16"),
+    "gptq": ("gptq_marlin", "moe_wna16"),
+    "compressed-tensors": ("compressed_tensors", "w8a8_int8", "w8a8_fp8"),
+    "modelopt_fp8": ("modelopt",),
+    "modelopt_fp4": ("modelopt",),
+    "quark": ("quark_mxfp4",),
+}
 # Routes by a softmax over the logits inside SGLang's TopK, without sigmoid, bias or our router.
 SOFTMAX_RUNNER = "triton_kernel"
 # Draft algorithms that read residuals captured on one pipeline stage.
@@ -50,14 +60,18 @@ class Launch(legality.Sizes):
     deepep_dispatcher_output_dtype: str = "auto"
     # Tokens of a prefill chunk, None where it is not known, not above 0 where there are no chunks.
     chunked_prefill_size: int | None = None
-    # Largest decode batch of a CUDA graph, None where there is none.
+    # Rows of the largest decode graph, None where there is none, and of each request in it: more
+    # than one where speculation verifies several tokens at once.
     decode_graph_rows: int | None = None
+    rows_a_request: int = 1
     disaggregation_mode: str = "null"
     prefill_graphs: bool = False
     allreduce_fusion: str | None = None
     # Whether the user, or determinism, keeps the all-reduce apart from what follows it.
     no_allreduce_fusion: bool = False
     no_fp4_allgather: bool = False
+    # Whether NVFP4 experts quantise each row by a scale of its own (rules.BY_TOKEN).
+    fp4_by_token: bool = False
     enable_lora: bool = False
     enable_return_routed_experts: bool = False
     # Further options, as the user wrote them, that need SGLang's own way to the experts.
@@ -171,7 +185,7 @@ def _kernels(recipe: Recipe, launch: Launch, hardware: str) -> Iterator[str]:
             here += f" with compute capability {launch.capability / 10:.1f}"
         yield (
             f"SGLang has no expert kernel for {title} on {here}, only on {there}; use a checkpoint "
-            "in another format, such as the published FP8 one."
+            "in another format, such as a BF16 one."
         )
     elif all(kernel.method not in (None, launch.quantization) for kernel in fitting):
         yield (
@@ -191,6 +205,13 @@ def _format(arch: Architecture, launch: Launch) -> Iterator[str]:
             )
         return
     title = recipe.quantised.title
+    known = (recipe.method, *(kernel.method for kernel in recipe.kernels))
+    if launch.quantization not in (None, *known, *ALSO_CALLED.get(recipe.method, ())):
+        yield (
+            f"--quantization {launch.quantization} is for other checkpoints than one in {title}; "
+            "start without that option."
+        )
+        return
     # The CPU platform dequantises, and says itself what it cannot.
     if launch.hardware not in (None, rules.CPU):
         yield from _kernels(recipe, launch, launch.hardware)

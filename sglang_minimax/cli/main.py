@@ -111,6 +111,10 @@ DpLmHead = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+#: What no compute capability reaches, but people's "90" does.
+NO_CAPABILITY = 20
+
+
 class Hardware(StrEnum):
     """Where a launch that is asked about would run."""
 
@@ -142,7 +146,10 @@ def topology(
     ] = None,
     moe_exchange: Annotated[
         str | None,
-        typer.Option(envvar="SGLANG_MINIMAX_MOE", help="Path to the experts to take."),
+        typer.Option(
+            envvar="SGLANG_MINIMAX_MOE",
+            help="Path to the experts to take: sglang, gather, gather-fp8, gather-fp4, ...",
+        ),
     ] = None,
     moe_runner_backend: Annotated[str, typer.Option(help="As for SGLang.")] = "auto",
     moe_a2a_backend: Annotated[str, typer.Option(help="As for SGLang.")] = "none",
@@ -152,6 +159,8 @@ def topology(
     from sglang_minimax.cli.topology import topology as show
     from sglang_minimax.support import Launch
 
+    if capability >= NO_CAPABILITY:
+        raise typer.BadParameter(f"write a compute capability of {capability:g} as 9.0 or 10.0.")
     on_gpus = hardware is Hardware.cuda
     launch = Launch(
         tp=tp,

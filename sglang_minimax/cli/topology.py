@@ -6,7 +6,8 @@ As tables or as JSON, for a launch that is only asked about. No torch, no SGLang
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from sglang_minimax.topology import (
     vocabulary_rows_in_memory,
 )
 
+#: Characters of a line, where words or columns can be put on another one.
+WIDTH = 100
 # What the published checkpoints say beyond the architecture's own values.
 PUBLISHED: Mapping[str, Any] = {
     "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
@@ -97,6 +100,7 @@ class Report:
         self.topology = Topology(launch.tp, launch.dp, launch.ep, launch.pp, launch.nodes)
         self.plan = plan_for(arch, launch)
         self.sglangs = default_of_sglang(arch, launch)
+        self.notes = support.notes(arch, launch)
         self.shares = rank_shares(
             arch, self.topology, dp_lm_head=dp_lm_head, redundant_experts=self.redundant
         )
@@ -124,6 +128,7 @@ class Report:
                 **exchange.as_dict(self.plan, self.topology),
                 "sglang": exchange.as_dict(self.sglangs, self.topology),
             },
+            "notes": self.notes,
             "ranks": [self._rank_as_dict(share) for share in self.shares],
         }
 
@@ -159,44 +164,42 @@ class Report:
         columns = {title: [cell(self, share) for share in self.shares] for title, cell in COLUMNS}
         same = {title: cells[0] for title, cells in columns.items() if len(set(cells)) == 1}
         common = ", ".join(f"{title} {cell}" for title, cell in same.items())
-        tables.show(
-            tables.pairs([*self.summary(), *([("on every rank", common)] if common else [])])
-        )
+        _show_pairs([*self.summary(), *([("on every rank", common)] if common else [])])
         tables.show(
             tables.table("groups of", "number", "size", "global ranks", rows=self._groups())
         )
-        self._show_plan()
         differing = {title: cells for title, cells in columns.items() if title not in same}
         ranks = [str(share.rank) for share in self.shares]
-        if differing:
-            tables.show(
-                tables.table("rank", *differing, rows=zip(ranks, *differing.values(), strict=True))
-            )
+        for part in _parts(differing):
+            tables.show(tables.table("rank", *part, rows=zip(ranks, *part.values(), strict=True)))
+        self._show_plan()
 
     def _show_plan(self) -> None:
         """The exchange, and the collectives of a layer beside those of SGLang's default."""
-        tables.show(tables.pairs(exchange.pairs(self.plan)))
+        _show_pairs([*exchange.pairs(self.plan), *(("note", note) for note in self.notes)])
         plans = {plan.path.name: plan for plan in (self.plan, self.sglangs)}
-        moves = [row for plan in plans.values() for row in self._moves(plan)]
-        if moves:
-            tables.show(tables.table(*MOVES, rows=moves, right=("given B",)))
-            received = [row for plan in plans.values() for row in self._received(plan)]
-            tables.show(tables.table(*RECEIVED, rows=received, right=RECEIVED[-1:]))
+        moves = {name: list(self._moves(plan)) for name, plan in plans.items()}
+        if not any(moves.values()):
+            return
+        received = [row for plan in plans.values() for row in self._received(plan)]
+        tables.show(tables.table(*RECEIVED, rows=received, right=RECEIVED[-1:]))
+        for name, rows in moves.items():
+            if rows:
+                tables.show(tables.table(name, *MOVES, rows=rows, right=("B given",)))
 
     def _moves(self, plan: ExchangePlan) -> Iterator[tuple[str, ...]]:
         for name, batch in exchange.batches(self.topology):
             for step in exchange.steps(plan, self.topology, batch):
                 group, given = GROUP_TITLES[step.move.kind], f"{step.move.given:,}"
-                most = "" if step.move.exact else "at most "
-                dtype, operation = step.dtype, step.move.operation
-                yield plan.path.name, name, operation, group, most + given, dtype, step.what
+                most = "" if step.move.exact else "<= "
+                yield name, step.move.operation, group, most + given, step.dtype, step.what
 
     def _received(self, plan: ExchangePlan) -> Iterator[tuple[str, ...]]:
         for name, batch in exchange.batches(self.topology):
             rows = "+".join(map(str, batch.groups[:GROUPS_SHOWN]))
             more = "+..." if len(batch.groups) > GROUPS_SHOWN else ""
             each = exchange.per_token(plan, self.topology, batch)
-            received = "its kernels'" if each is None else f"{each:,.0f}"
+            received = "not counted" if each is None else f"{each:,.0f}"
             yield plan.path.name, name, rows + more, received
 
     def summary(self) -> list[tuple[str, str]]:
@@ -243,6 +246,34 @@ class Report:
             yield GROUP_TITLES[kind], str(len(groups)), str(len(groups[0])), shown + more
 
 
+def _show_pairs(rows: Iterable[tuple[str, str]]) -> None:
+    """(what, how much), sentences over as many lines as they need."""
+    said = list(rows)
+    width = WIDTH - 2 - max(len(what) for what, _ in said)
+    tables.show(
+        tables.pairs(
+            (what, textwrap.fill(much, width, break_long_words=False)) for what, much in said
+        )
+    )
+
+
+def _parts(columns: Mapping[str, list[str]]) -> Iterator[dict[str, list[str]]]:
+    """Columns in order, as many together as a line has room for beside the rank."""
+    part: dict[str, list[str]] = {}
+    room = WIDTH
+    for title, cells in columns.items():
+        width = 2 + max(map(len, (title, *cells)))
+        if part and width > room:
+            yield part
+            part, room = {}, WIDTH
+        if not part:
+            room -= 2 + len("rank")
+        part[title] = cells
+        room -= width
+    if part:
+        yield part
+
+
 def _divisor(attention: AttentionShard, which: str) -> str:
     """The divisor of a variance with the numbers that it is made of."""
     if which == "q":
@@ -287,8 +318,8 @@ PLACES = (
     "moe_tp_rank",
 )
 GROUPS_SHOWN = 4
-MOVES = ("path", "forward", "collective of a layer", "group", "given B", "type", "what")
-RECEIVED = ("path", "forward", "rows of the groups", "B received a token a layer")
+MOVES = ("collective of a layer", "group", "B given", "type", "what")
+RECEIVED = ("path", "forward", "rows of the groups", "B that reach a rank a token a layer")
 GROUP_TITLES = {
     "tp": "TP",
     "attention_tp": "attention-TP",

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 from sglang_minimax.moe_exchange import rules, rules_runner
 from sglang_minimax.moe_exchange.paths import SGLANG
+from sglang_minimax.moe_exchange.rules_runner import AUTO, DEEP_GEMM
 from sglang_minimax.moe_exchange.supported import (
-    AUTO,
-    DEEP_GEMM,
     FP8,
     FP8_BLOCKS,
     GROUP,
@@ -40,8 +39,8 @@ if TYPE_CHECKING:
 # local experts of local rows alone, and say nothing. flashinfer_megamoe has a list of models
 # (arg_groups/moe_hook.py, validate_flashinfer_megamoe_model).
 _OTHER_MODELS = ("megamoe", "flashinfer_megamoe")
-# Backends for which SGLang takes DeepGEMM where no runner is named (moe_hook.handle_a2a_moe).
-_TAKES_DEEP_GEMM = ("pplx", "deepep_v2")
+# All of SGLang's (arg_groups/fields/exec_.py), but for none.
+_BACKENDS = (*rules.SPANNING, "ascend_tp")
 
 
 def kind_of(arch: Architecture, launch: Launch) -> str:
@@ -58,6 +57,9 @@ def refusals(arch: Architecture, launch: Launch, facts: Facts = UNKNOWN) -> Iter
     """Why SGLang's communication would fail this launch, at load or later: one sentence each."""
     yield from _fusion_refusals(launch)
     backend = launch.moe_a2a_backend
+    deep_gemm = launch.moe_runner_backend == rules_runner.runner_of(arch, launch).name == DEEP_GEMM
+    if backend in rules.FREE and deep_gemm and facts.deep_gemm is False:
+        yield f"--moe-runner-backend {DEEP_GEMM} {_WITHOUT_DEEP_GEMM} use auto."
     if backend in rules.FREE or launch.hardware in (None, rules_runner.CPU, "ascend"):
         return
     reason = _unusable(launch, facts)
@@ -68,11 +70,16 @@ def refusals(arch: Architecture, launch: Launch, facts: Facts = UNKNOWN) -> Iter
     reason = _combination(arch, launch, ways) or _machine(launch, ways, facts)
     if reason:
         yield reason
-        return
-    yield from _form_of_rows(arch, launch, facts)
-    yield from _capacity(launch, facts)
+    else:
+        yield from _form_of_rows(arch, launch, facts)
+        yield from _capacity(launch, facts)
     yield from _groups(launch)
 
+
+_WITHOUT_DEEP_GEMM = (
+    "needs DeepGEMM, which SGLang does not find here; install sgl-deep-gemm, set "
+    "SGLANG_ENABLE_JIT_DEEPGEMM=1, or"
+)
 
 # --- whether SGLang has the combination ---
 
@@ -90,6 +97,11 @@ def _unusable(launch: Launch, facts: Facts) -> str:
             "backend, or start without that option."
         )
     homes = sorted({way.hardware for way in SUPPORTED if way.backend == backend})
+    if backend not in _BACKENDS:
+        return (
+            f"SGLang has no {_option(launch)}; use {', '.join(PACKAGES)}, or start without that "
+            "option."
+        )
     if hardware not in homes:
         where = " and ".join(homes) or "ascend"
         return f"{_option(launch)} runs on {where}, not on {hardware}; start without that option."
@@ -99,13 +111,6 @@ def _unusable(launch: Launch, facts: Facts) -> str:
             "installed; install it, or start without that option."
         )
     return ""
-
-
-def _runner(arch: Architecture, launch: Launch) -> str:
-    """The experts' kernels that SGLang would take."""
-    if launch.moe_runner_backend == "auto" and launch.moe_a2a_backend in _TAKES_DEEP_GEMM:
-        return DEEP_GEMM
-    return rules_runner.runner_of(arch, launch).name
 
 
 def _combination(arch: Architecture, launch: Launch, ways: list[Way]) -> str:
@@ -129,7 +134,7 @@ def _combination(arch: Architecture, launch: Launch, ways: list[Way]) -> str:
             f"{_or(dict.fromkeys(map(_capabilities, formats)))}, and this GPU has {here:.1f}; "
             "start without that option."
         )
-    runner = _runner(arch, launch)
+    runner = rules_runner.runner_of(arch, launch).name
     running = [way for way in fitting if runner in way.runners]
     if not running:
         names = dict.fromkeys(name for way in fitting for name in way.runners)
@@ -172,10 +177,7 @@ def _machine(launch: Launch, ways: list[Way], facts: Facts) -> str:
     if facts.deep_gemm is False and (
         only_deep_gemm or launch.moe_runner_backend in (AUTO, DEEP_GEMM)
     ):
-        return (
-            f"{_option(launch)} needs DeepGEMM, which SGLang does not find here; install "
-            "sgl-deep-gemm, set SGLANG_ENABLE_JIT_DEEPGEMM=1, or start without that option."
-        )
+        return f"{_option(launch)} {_WITHOUT_DEEP_GEMM} start without that option."
     return ""
 
 
@@ -233,8 +235,8 @@ def _capacity(launch: Launch, facts: Facts) -> Iterator[str]:
     if _low_latency(launch) and launch.disaggregation_mode != "prefill" and decode > slots:
         yield (
             f"the largest decode graph sends {decode} rows from each rank, and {_option(launch)} "
-            f"holds {slots}; use --cuda-graph-max-bs-decode {slots * ranks}"
-            f"{_more(variable, decode)}."
+            f"holds {slots}; use --cuda-graph-max-bs-decode "
+            f"{max(1, slots * ranks // launch.rows_a_request)}{_more(variable, decode)}."
         )
     prefill = launch.chunked_prefill_size
     if (
@@ -285,7 +287,7 @@ def _generation(launch: Launch) -> int | None:
     return major if major in (_HOPPER, _BLACKWELL) else None
 
 
-def fusion(arch: Architecture, launch: Launch) -> tuple[bool, str]:
+def fusion(launch: Launch) -> tuple[bool, str]:
     """Whether SGLang fuses all-reduce, residual add and norm in this launch, and why.
 
     The conditions are those of overrides._flashinfer_allreduce_fusion_auto_enable. Each batch has
@@ -311,9 +313,9 @@ def fusion(arch: Architecture, launch: Launch) -> tuple[bool, str]:
     return True, where + who
 
 
-def fusion_after_experts(arch: Architecture, launch: Launch) -> tuple[bool, str]:
+def fusion_after_experts(launch: Launch) -> tuple[bool, str]:
     """`fusion`, for the sum of the experts' outputs alone."""
-    fused, why = fusion(arch, launch)
+    fused, why = fusion(launch)
     apart = _apart_after_experts(launch)
     return (fused, why) if not fused or not apart else (False, apart)
 

@@ -172,13 +172,6 @@ def _all_to_all(topology: Topology, payload: Payload, batch: Batch, rows: int) -
     yield Move("experts", "all_to_all_single", "tp", batch.rows * row, others * row, False)
 
 
-def received(topology: Topology, path: Path, payload: Payload, batch: Batch) -> float:
-    """Bytes that reach a rank of the first group over links in a layer, for a row of the batch."""
-    return sum(move.received(topology) for move in moves(topology, path, payload, batch, 0)) / max(
-        1, batch.rows
-    )
-
-
 def dispatched_rows(ranks: int, experts: int, top_k: int) -> float:
     """Other ranks that a token goes to on average, when experts are chosen evenly.
 

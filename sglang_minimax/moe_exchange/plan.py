@@ -29,6 +29,7 @@ FUSED_ROWS = 2048
 class Combine(StrEnum):
     """How the experts' outputs become complete."""
 
+    NONE = "nothing"
     ALL_REDUCE = "all-reduce"
     FUSED = "all-reduce fused with residual add and norm"
     REDUCE_SCATTER = "reduce-scatter"
@@ -40,7 +41,7 @@ class ExchangePlan:
     """What is decided, and why each of it.
 
     runner: SGLang's name of the experts' kernels that will run. payload: what travels to the
-    experts. prices: what the path costs elsewhere, one sentence each.
+    experts. prices: what the path costs elsewhere, and what nobody knows of it, one sentence each.
     """
 
     path: Path
@@ -71,7 +72,7 @@ def default_of_sglang(arch: Architecture, launch: Launch) -> ExchangePlan:
 
 def _made(arch: Architecture, launch: Launch, path: Path, why: str) -> ExchangePlan:
     runner = rules_runner.runner_of(arch, launch)
-    combine, combine_why = _combine(arch, launch, path)
+    combine, combine_why = _combine(launch, path)
     rows = path.rows
     if path.movement is Movement.SGLANG and gathers_fp4(arch, launch, runner):
         rows = Rows.FP4
@@ -101,13 +102,15 @@ def gathers_fp4(arch: Architecture, launch: Launch, runner: Runner) -> bool:
     )
 
 
-def _combine(arch: Architecture, launch: Launch, path: Path) -> tuple[Combine, str]:
+def _combine(launch: Launch, path: Path) -> tuple[Combine, str]:
     if path.movement is Movement.GATHER:
         return Combine.REDUCE_SCATTER, "sums go to the rows' owners only, padded alike or not"
     if path.movement is Movement.ALL_TO_ALL:
         return Combine.ALL_TO_ALL, "outputs go back to the rows' owners, who add them up"
     if path.movement is Movement.BACKEND:
         return Combine.ALL_TO_ALL, f"inside the kernels of {path.backend}"
+    if launch.tp == 1:
+        return Combine.NONE, "one rank has complete sums"
     if launch.dp > 1:
         if launch.tp == launch.dp == launch.ep:
             return Combine.REDUCE_SCATTER, "a rank for each attention-DP group and EP group"
@@ -115,7 +118,7 @@ def _combine(arch: Architecture, launch: Launch, path: Path) -> tuple[Combine, s
             Combine.REDUCE_SCATTER,
             "where SGLang pads all groups alike; elsewhere an all-reduce, of which it keeps a part",
         )
-    fused, fusion_why = backends.fusion_after_experts(arch, launch)
+    fused, fusion_why = backends.fusion_after_experts(launch)
     if not fused:
         return Combine.ALL_REDUCE, fusion_why
     return Combine.FUSED, f"{fusion_why}, up to {FUSED_ROWS} rows; not measured for MiniMax-M2"

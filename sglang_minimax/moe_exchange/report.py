@@ -12,13 +12,15 @@ from sglang_minimax.topology import Topology
 
 #: Bytes of a number -> the type of the model's rows.
 DTYPES = {2: "bf16", 4: "fp32"}
+#: Form of quantised rows -> their type, and that of their scales.
+QUANTISED = {Rows.FP8: ("e4m3", "fp32"), Rows.FP4: ("e2m1", "e4m3")}
 #: Rows of each attention-DP group that are shown: one token of 32 requests, and prompts of which
 #: the first group has half as many rows as the others.
 DECODE_ROWS, PREFILL_ROWS = 32, 2048
 
 
 class Step(NamedTuple):
-    """A collective of a layer. what: it does. dtype: of what it carries."""
+    """A collective of a layer. what: it does. dtype: of what it carries, without scales."""
 
     what: str
     move: Move
@@ -51,12 +53,13 @@ def _sent(plan: ExchangePlan) -> str:
 
 def dtype_of(plan: ExchangePlan) -> str:
     """The type of the rows that travel to the experts, with that of their scales."""
-    model = DTYPES.get(plan.payload.item_bytes, f"{plan.payload.item_bytes} B")
-    return {
-        Rows.PLAIN: model,
-        Rows.FP8: "e4m3 with fp32 scales",
-        Rows.FP4: "e2m1 with e4m3 scales",
-    }[plan.payload.rows]
+    if plan.payload.rows is Rows.PLAIN:
+        return _model_dtype(plan)
+    return "{} with {} scales".format(*QUANTISED[plan.payload.rows])
+
+
+def _model_dtype(plan: ExchangePlan) -> str:
+    return DTYPES.get(plan.payload.item_bytes, f"{plan.payload.item_bytes} B")
 
 
 def batches(topology: Topology) -> tuple[Shown, Shown]:
@@ -72,36 +75,34 @@ def batches(topology: Topology) -> tuple[Shown, Shown]:
 def steps(plan: ExchangePlan, topology: Topology, batch: Batch) -> list[Step]:
     """The collectives of a layer, in order, on a rank of the first group."""
     across = iter(_across(plan, topology))
-    model = DTYPES.get(plan.payload.item_bytes, f"{plan.payload.item_bytes} B")
+    model = _model_dtype(plan)
     said = []
     for move in plan.layer(topology, batch):
         if move.kind == "tp":
             what, dtype = next(across)
             said.append(Step(what, move, dtype or model))
         elif move.operation == "reduce_scatter_tensor":
-            said.append(Step("attention's sum, to each rank its share of the rows", move, model))
+            said.append(Step("attention's sum", move, model))
         else:
-            said.append(Step("the rows of the group, for the next attention", move, model))
+            said.append(Step("the group's rows again", move, model))
     return said
 
 
 def _across(plan: ExchangePlan, topology: Topology) -> Sequence[tuple[str, str]]:
     """(what it does, type) of the moves over all ranks of a stage; no type for the model's."""
-    rows, movement = dtype_of(plan), plan.path.movement
+    movement = plan.path.movement
+    rows, _ = QUANTISED.get(plan.payload.rows, ("", ""))
     if movement is Movement.GATHER or plan.payload.rows is Rows.FP4:
-        return (
-            ("all ranks' rows, with ids and weights", rows),
-            ("the experts' sums, to the rows' owners", ""),
-        )
+        return ("all ranks' rows, ids, weights", rows), ("experts' sums, to the owners", "")
     if movement is Movement.ALL_TO_ALL:
         return (
             ("how many rows come", "int64"),
-            ("rows with ids and weights, to their experts", rows),
-            ("outputs, to the rows' owners", ""),
+            ("rows, to their experts", rows),
+            ("outputs, to the owners", ""),
         )
     if topology.dp == 1:
-        return ("attention's sum", ""), ("the experts' sum", "")
-    return ("the rows of all groups", ""), ("the experts' sums", "")
+        return ("attention's sum", ""), ("experts' sum", "")
+    return ("all groups' rows", ""), ("experts' sums", "")
 
 
 def as_dict(plan: ExchangePlan, topology: Topology) -> dict[str, Any]:
@@ -168,4 +169,4 @@ def pairs(plan: ExchangePlan) -> Iterator[tuple[str, str]]:
     yield "experts run", f"{plan.runner}: {plan.runner_why}"
     yield "their outputs", f"{plan.combine}: {plan.combine_why}"
     for price in plan.prices:
-        yield "price", price
+        yield "note", price

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 #: Environment variable that names the path to take, one of FORCEABLE.
 VARIABLE = "SGLANG_MINIMAX_MOE"
+#: SGLang's, with which NVFP4 experts quantise each row by a scale of its own.
+BY_TOKEN = "SGLANG_FLASHINFER_NVFP4_PER_TOKEN_ACTIVATION"
 
 #: Values of --moe-a2a-backend with which SGLang leaves the exchange to us: its default, and what we
 #: put in its place.
@@ -46,6 +48,8 @@ _NEEDS_STANDARD = "DSPARK"
 _REMEDIES = 2
 
 _GATHER = Path(Movement.GATHER)
+# Forms of rows, the fewest bytes first.
+_BY_BYTES = (Rows.FP4, Rows.FP8, Rows.PLAIN)
 
 
 class Change(NamedTuple):
@@ -80,11 +84,13 @@ def choose(arch: Architecture, launch: Launch) -> tuple[Path, str]:
     if launch.moe_a2a_backend not in FREE:
         backend = Path(Movement.BACKEND, backend=launch.moe_a2a_backend)
         return backend, f"--moe-a2a-backend {launch.moe_a2a_backend} asks for it"
+    if launch.tp == 1:
+        return SGLANG, "one rank has all rows and all experts"
     if launch.dp == 1:
         return SGLANG, "every rank has all rows without attention DP"
     if (against := _first(arch, launch, _GATHER)) is not None:
         return SGLANG, against.why
-    for rows in (Rows.FP4, Rows.FP8):
+    for rows in _BY_BYTES[:-1]:
         path = Path(Movement.GATHER, rows)
         if _first(arch, launch, path) is None:
             return path, "the fewest bytes with attention DP that the experts' kernels can read"
@@ -145,7 +151,10 @@ def obstacles(arch: Architecture, launch: Launch, path: Path) -> Iterator[Obstac
 
 
 def prices(launch: Launch, path: Path) -> Iterator[str]:
-    """What a path costs elsewhere, one sentence each."""
+    """What a path costs elsewhere, and that nobody has measured it: one sentence each."""
+    if path.movement is not Movement.SGLANG and launch.hardware != CPU:
+        back = f"; {VARIABLE}={SGLANG.name} goes back to SGLang's own way" if path.is_ours else ""
+        yield f"{path.name} has not been measured on GPUs for MiniMax-M2{back}."
     if path.is_ours and launch.prefill_graphs:
         yield (
             f"SGLang captures no CUDA graphs of prefill with {path.name} (arg_groups/"
@@ -155,6 +164,12 @@ def prices(launch: Launch, path: Path) -> Iterator[str]:
 
 def _with_path(launch: Launch, path: Path) -> Change:
     return Change(f"use {VARIABLE}={path.name}", replace(launch, moe_exchange=path.name))
+
+
+def _other_rows(launch: Launch, path: Path) -> tuple[Change, ...]:
+    """The same movement with rows of another form, the fewest bytes first."""
+    others = (Path(path.movement, rows) for rows in _BY_BYTES if rows is not path.rows)
+    return tuple(_with_path(launch, each) for each in others if each.name in FORCEABLE)
 
 
 def _place(launch: Launch) -> Iterator[Obstacle]:
@@ -210,33 +225,37 @@ def _all_to_all(launch: Launch) -> Iterator[Obstacle]:
 
 def _rows(arch: Architecture, launch: Launch, path: Path) -> Iterator[Obstacle]:
     form = rules_runner.expert_format(arch)
-    plain = (_with_path(launch, Path(path.movement)),)
+    others = _other_rows(launch, path)
     if path.rows is Rows.FP8 and not rules_runner.has_fp8_blocks(arch):
         blocks = f"{FP8_GROUP}x{FP8_GROUP}"
         why = f"FP8 rows are for FP8 experts in {blocks} blocks, and these are {form.title}"
-        yield Obstacle(why, plain)
+        yield Obstacle(why, others)
     if path.rows is Rows.FP4 and not rules_runner.has_fp4_inputs(arch):
         without = " without one" if form.tensor("input_scale") is not None else ""
         why = (
             "FP4 rows are for NVFP4 experts with a scale of their inputs, and these are "
             f"{form.title}{without}"
         )
-        yield Obstacle(why, plain)
+        yield Obstacle(why, others)
+    if path.rows is Rows.FP4 and launch.fp4_by_token:
+        yield Obstacle(f"{BY_TOKEN} scales each row by itself, which FP4 rows do not carry", others)
     columns = {Rows.FP8: FP8_GROUP, Rows.FP4: FP4_BLOCK}.get(path.rows, 1)
     if arch.hidden_size % columns:
         why = f"a scale is for {columns} columns, which do not divide hidden size"
-        yield Obstacle(f"{why} {arch.hidden_size}", plain)
+        yield Obstacle(f"{why} {arch.hidden_size}", others)
     runner = rules_runner.runner_of(arch, launch).name
     if runner not in rules_runner.READERS[path.rows]:
-        others = tuple(
+        runners = tuple(
             Change(f"use --moe-runner-backend {name}", replace(launch, moe_runner_backend=name))
             for name in rules_runner.proposals(arch, launch, path.rows)
         )
-        yield Obstacle(f"the {runner} kernels cannot take {_WHAT[path.rows]}", (*others, *plain))
+        why = f"the {runner} kernels {_UNREAD[path.rows]}"
+        # One runner is enough; the other way out is another form of rows.
+        yield Obstacle(why, (*runners[:1], *others))
 
 
-_WHAT = {
-    Rows.PLAIN: "rows that were routed before they came",
-    Rows.FP8: "FP8 rows with their scales",
-    Rows.FP4: "FP4 rows with their scales",
+_UNREAD = {
+    Rows.PLAIN: "are not known to take rows that were routed before they came",
+    Rows.FP8: "cannot take FP8 rows with their scales",
+    Rows.FP4: "cannot take FP4 rows with their scales",
 }

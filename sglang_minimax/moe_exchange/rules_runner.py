@@ -36,14 +36,17 @@ TRTLLM, TRTLLM_ROUTED, HPC_OPS = "flashinfer_trtllm", "flashinfer_trtllm_routed"
 
 #: Form of the rows -> runners that take them from a dispatcher, with ids and weights made before.
 #: The triton one reads FP8 rows through StandardDispatchOutput.hidden_states_pre_quant
-#: (moe_runner/triton.py), FlashInfer's two FP4 ones through hidden_states_scale
-#: (moe_runner/flashinfer_cutlass.py, flashinfer_trtllm.py). flashinfer_trtllm routes inside its
-#: kernel; flashinfer_cutedsl lays its weights out by the a2a backend.
+#: (moe_runner/triton.py), FlashInfer's FP4 ones through hidden_states_scale
+#: (moe_runner/flashinfer_cutlass.py, flashinfer_trtllm.py). flashinfer_trtllm routes in its kernel
+#: only for routers that it knows; TopK chooses for this one (topk._can_bypass_trtllm_routing: a
+#: bias without groups), and chosen experts take the routed kernel, as with flashinfer_trtllm_routed
+#: (fused_experts_none_to_flashinfer_trtllm_*, materialized_topk). flashinfer_cutedsl lays its
+#: weights out by the a2a backend.
 READERS: Mapping[Rows, tuple[str, ...]] = MappingProxyType(
     {
-        Rows.PLAIN: (TORCH, TRITON, DEEP_GEMM, MARLIN, FI_CUTLASS, TRTLLM_ROUTED),
+        Rows.PLAIN: (TORCH, TRITON, DEEP_GEMM, MARLIN, FI_CUTLASS, TRTLLM_ROUTED, TRTLLM),
         Rows.FP8: (TORCH, TRITON),
-        Rows.FP4: (TORCH, FI_CUTLASS, TRTLLM_ROUTED),
+        Rows.FP4: (TORCH, FI_CUTLASS, TRTLLM_ROUTED, TRTLLM),
     }
 )
 
@@ -61,27 +64,38 @@ _FOLLOWED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 # Families whose methods have no kernels left where the value is another one; the others run what
 # they take by themselves.
 _STRICT = ("fp8", "ct-fp8", "nvfp4")
-# What moe_hook.handle_moe_kernel_config asserts, for every method: runner -> families.
+# Of these, runners that have FP8 kernels for blocks alone: an assertion in Fp8MoEMethod.__init__
+# for cutlass; for TensorRT-LLM's the scales of whole matrices that only ModelOpt's method makes
+# (flashinfer_trtllm._run_fp8_per_tensor_scale_moe), or a TypeError, both at the first token.
+_FP8_BLOCKS_ONLY = (CUTLASS, TRTLLM, TRTLLM_ROUTED)
+# What moe_hook.handle_moe_kernel_config asserts, for every method, and MoeRunner.__init__ of
+# hpc_ops: runner -> families.
 _ASSERTED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         FI_CUTLASS: ("plain", "modelopt-fp8", "nvfp4"),
         FI_CUTEDSL: ("nvfp4",),
         TRTLLM: ("plain", "fp8", "ct-fp8", "ct", "modelopt-fp8", "nvfp4"),
         TRTLLM_ROUTED: ("plain", "fp8", "nvfp4"),
+        HPC_OPS: ("fp8",),
     }
 )
 # And of these that an expert is whole, or cut over all ranks.
 _WHOLE_OR_CUT = (FI_CUTLASS, FI_CUTEDSL)
-# Runner -> compute capabilities times ten, both included, of the GPUs that it has kernels for.
+# Runner -> compute capabilities times ten, both included, of the GPUs that it has kernels for; 89
+# is where FlashInfer's own list begins (fused_moe/core.py, get_cutlass_fused_moe_module).
 _GPUS: Mapping[str, tuple[int, int]] = MappingProxyType(
     {
         DEEP_GEMM: (90, 999),
+        CUTLASS: (90, 999),
+        FI_CUTLASS: (89, 999),
         HPC_OPS: (90, 99),
         TRTLLM: (100, 109),
         TRTLLM_ROUTED: (100, 109),
         FI_CUTEDSL: (100, 109),
     }
 )
+# What has kernels for AMD's GPUs, of which the first is AMD's own.
+_ROCM = (AITER, TRITON)
 # NVFP4 needs Blackwell, but for Marlin (ModelOptNvFp4FusedMoEMethod.__init__).
 _BLACKWELL = 100
 # Backends with which FP8 experts run DeepGEMM (Fp8MoEMethod.is_deepgemm_moe_runner_backend_enabled)
@@ -132,12 +146,25 @@ def runner_of(arch: Architecture, launch: Launch) -> Runner:
     if launch.hardware == CPU:
         return Runner(TORCH, "the CPU platform computes experts in PyTorch")
     asked, family = launch.moe_runner_backend, _family(arch, launch)
-    if asked != AUTO and asked in _FOLLOWED.get(family, ()):
+    if asked != AUTO and _follows(arch, family, asked):
         return Runner(asked, f"--moe-runner-backend {asked}")
     own = _own(arch, launch, family)
     if asked in (AUTO, own.name):
         return own
     return Runner(own.name, f"--moe-runner-backend {asked} does nothing for {_title(arch)}")
+
+
+def _follows(arch: Architecture, family: str, asked: str) -> bool:
+    """Whether a method runs what --moe-runner-backend names."""
+    if family == "ct" and asked == TRITON:
+        return _is_int4_of_triton(arch)
+    return asked in _FOLLOWED.get(family, ())
+
+
+def _is_int4_of_triton(arch: Architecture) -> bool:
+    """compressed_tensors._is_wna16_triton_moe_supported, short of actorder "static"."""
+    form = expert_format(arch)
+    return form.name == "int4" and form.unit(COLUMNS) in (32, 128)
 
 
 def _own(arch: Architecture, launch: Launch, family: str) -> Runner:
@@ -152,6 +179,9 @@ def _own(arch: Architecture, launch: Launch, family: str) -> Runner:
     if launch.hardware == "ascend":
         return Runner("ascend", why)
     if launch.quantization == "moe_wna16":
+        return Runner(TRITON, why)
+    by_itself = launch.moe_runner_backend == AUTO
+    if family == "ct" and by_itself and _is_blackwell(launch) and _is_int4_of_triton(arch):
         return Runner(TRITON, why)
     hardware, capability = launch.hardware or "cuda", launch.capability
     fitting = (each.name for each in arch.recipe.kernels if each.runs_on(hardware, capability))
@@ -175,14 +205,10 @@ def _against(arch: Architecture, launch: Launch) -> str | None:
     if asked == AUTO:
         # SGLang resolves some formats on some GPUs before it asserts how experts are divided.
         return _divided(arch, launch, runner_of(arch, launch).name)
-    followed = family not in _STRICT or asked in _FOLLOWED[family] or launch.hardware == CPU
-    if family not in _ASSERTED.get(asked, (family,)) or not followed:
+    if family not in _ASSERTED.get(asked, (family,)) or not _has_kernels(arch, launch, family):
         return f"has no kernels for {_title(arch)}; use {_remedy(arch, launch)}"
-    if asked in _FOLLOWED.get(family, ()) and not _runs_on(launch, asked, family):
-        capability = (launch.capability or 0) / 10
-        return (
-            f"has no kernels for compute capability {capability:.1f}; use {_remedy(arch, launch)}"
-        )
+    if _follows(arch, family, asked) and not _runs_on(launch, asked, family):
+        return f"has no kernels for {_place(launch)}; use {_remedy(arch, launch)}"
     if asked == CUTLASS and family == "fp8" and launch.ep > 1:
         return (
             f"takes FP8 experts only where all ranks have all of them, and --ep-size is "
@@ -191,9 +217,42 @@ def _against(arch: Architecture, launch: Launch) -> str | None:
     return _divided(arch, launch, asked)
 
 
+def _has_kernels(arch: Architecture, launch: Launch, family: str) -> bool:
+    """Whether a method has code for the experts with the runner that was asked for."""
+    asked = launch.moe_runner_backend
+    if launch.hardware == CPU:
+        return True
+    if family in ("fp8", "ct-fp8") and asked in _FP8_BLOCKS_ONLY:
+        return has_fp8_blocks(arch) and asked in _FOLLOWED[family]
+    if family == "ct" and asked == TRITON and launch.hardware == "cuda":
+        return _is_int4_of_triton(arch)  # CompressedTensorsConfig.get_moe_scheme refuses others
+    if family == "ct" and asked == TRTLLM and _is_int4_of_triton(arch):
+        # In groups of 32 they get a kernel that routes by a method that our TopK does not declare
+        # (compressed_tensors_w4a4_mxint4_moe.py, apply_weights).
+        return expert_format(arch).unit(COLUMNS) != 32
+    return family not in _STRICT or asked in _FOLLOWED[family]
+
+
+def _place(launch: Launch) -> str:
+    if launch.hardware != "cuda" or not launch.capability or launch.moe_runner_backend == AITER:
+        return str(launch.hardware)
+    return f"compute capability {launch.capability / 10:.1f}"
+
+
+def _is_blackwell(launch: Launch) -> bool:
+    """Whether it is one of data centres."""
+    return launch.hardware == "cuda" and _BLACKWELL <= (launch.capability or 0) < _BLACKWELL + 10
+
+
 def _runs_on(launch: Launch, runner: str, family: str) -> bool:
     """Whether a runner has kernels for the GPU; an unknown one is given the benefit of doubt."""
-    if launch.hardware != "cuda" or launch.capability is None:
+    if launch.hardware == "rocm":
+        return runner in _ROCM
+    if launch.hardware != "cuda":
+        return True
+    if runner == AITER:
+        return False
+    if launch.capability is None:
         return True
     since, until = _GPUS.get(runner, (0, 999))
     if family == "nvfp4" and runner != MARLIN:

@@ -11,12 +11,18 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
-NORMAL, LOW_LATENCY, AUTO = "normal", "low_latency", "auto"
+from sglang_minimax.moe_exchange.rules_runner import (
+    AITER,
+    AUTO,
+    DEEP_GEMM,
+    FI_CUTEDSL,
+    FI_CUTLASS,
+    TRTLLM,
+    TRTLLM_ROUTED,
+)
 
-# Values of --moe-runner-backend.
-DEEP_GEMM, AITER = "deep_gemm", "aiter"
-CUTLASS, CUTEDSL = "flashinfer_cutlass", "flashinfer_cutedsl"
-TRTLLM, TRTLLM_ROUTED = "flashinfer_trtllm", "flashinfer_trtllm_routed"
+# Values of --deepep-mode, beside AUTO.
+NORMAL, LOW_LATENCY = "normal", "low_latency"
 
 # Expert formats as SGLang's dispatchers tell them apart.
 PLAIN, FP8, FP8_BLOCKS, NVFP4 = "plain", "fp8", "fp8-blocks", "nvfp4"
@@ -95,6 +101,7 @@ class Way(NamedTuple):
 
 _LAYER = "layers/moe/ep_moe/layer.py (DeepEPMoE.__init__, run_moe_core)"
 _RUNNERS = "layers/moe/moe_runner"
+_HOOK = "arg_groups/moe_hook.py"
 _ANY_MODE = (AUTO, NORMAL, LOW_LATENCY)
 _FP8S = (FP8, FP8_BLOCKS)
 
@@ -103,10 +110,10 @@ _BLACKWELL = (100, 109)
 
 SUPPORTED: tuple[Way, ...] = (
     Way("deepep", (PLAIN, *_FP8S), (DEEP_GEMM,), _LAYER, _ANY_MODE),
-    Way("deepep", (NVFP4,), (CUTEDSL,), "arg_groups/moe_hook.py", (AUTO, LOW_LATENCY), *_BLACKWELL),
+    Way("deepep", (NVFP4,), (FI_CUTEDSL,), _HOOK, (AUTO, LOW_LATENCY), *_BLACKWELL),
     Way("mooncake", _FP8S, (DEEP_GEMM,), "layers/moe/token_dispatcher/mooncake.py", (LOW_LATENCY,)),
     Way("nixl", _FP8S, (DEEP_GEMM,), "layers/moe/token_dispatcher/nixl.py", (LOW_LATENCY,)),
-    Way("pplx", (PLAIN, *_FP8S), (DEEP_GEMM,), "arg_groups/moe_hook.py", (AUTO, LOW_LATENCY)),
+    Way("pplx", (PLAIN, *_FP8S), (DEEP_GEMM,), _HOOK, (AUTO, LOW_LATENCY)),
     Way(
         "deepep_v2",
         (PLAIN, FP8_BLOCKS),
@@ -122,9 +129,12 @@ SUPPORTED: tuple[Way, ...] = (
         (),
         *_BLACKWELL,
     ),
-    Way("flashinfer", (PLAIN,), (CUTLASS,), f"{_RUNNERS}/flashinfer_cutlass.py"),
-    Way("flashinfer", (NVFP4,), (CUTLASS,), f"{_RUNNERS}/flashinfer_cutlass.py", since=100),
-    Way("flashinfer", (NVFP4,), (CUTEDSL,), f"{_RUNNERS}/flashinfer_cutedsl.py", (), *_BLACKWELL),
+    Way("flashinfer", (PLAIN,), (FI_CUTLASS,), f"{_RUNNERS}/flashinfer_cutlass.py"),
+    Way("flashinfer", (NVFP4,), (FI_CUTLASS,), f"{_RUNNERS}/flashinfer_cutlass.py", since=100),
+    Way(
+        *("flashinfer", (NVFP4,), (FI_CUTEDSL,), f"{_RUNNERS}/flashinfer_cutedsl.py"),
+        *((), *_BLACKWELL),
+    ),
     *(
         Way(backend, (), (AITER,), _LAYER, modes, since=0, hardware="rocm")
         for backend, modes in (

@@ -15,7 +15,7 @@ from sglang_minimax.loading.files import check_checkpoint, folder_of
 from sglang_minimax.moe_exchange import report
 from sglang_minimax.moe_exchange.paths import CUSTOMIZED
 from sglang_minimax.moe_exchange.plan import plan_for
-from sglang_minimax.moe_exchange.rules import CPU, VARIABLE, resolved
+from sglang_minimax.moe_exchange.rules import CPU, FREE, VARIABLE, resolved
 from sglang_minimax.patches.communication import facts_of
 from sglang_minimax.platforms import choice
 from sglang_minimax.platforms.cpu import support as cpu_support
@@ -151,9 +151,12 @@ def asked_for_ours(server_args: Any) -> bool:
 def launch_of(server_args: Any) -> Launch:
     """The arguments that bear on what is supported, resolved as far as SGLang has come."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
+    from sglang.srt.environ import envs
 
     cfg = resolving_view(server_args)
     hardware, capability = _hardware()
+    backend = _backend(cfg)
+    requests, rows_a_request = _decode_graph(server_args, backend)
     launch = Launch(
         tp=cfg.tp_size,
         dp=cfg.attn_dp_size,
@@ -167,7 +170,7 @@ def launch_of(server_args: Any) -> Launch:
         ep_redundant=cfg.ep_num_redundant_experts,
         speculative_algorithm=cfg.speculative_algorithm,
         quantization=model_config_of(server_args).quantization,
-        moe_a2a_backend=_backend(cfg),
+        moe_a2a_backend=backend,
         moe_runner_backend=cfg.moe_runner_backend,
         moe_exchange=os.environ.get(VARIABLE) or None,
         enable_return_hidden_states=cfg.enable_return_hidden_states,
@@ -179,7 +182,8 @@ def launch_of(server_args: Any) -> Launch:
         deepep_mode=cfg.deepep_mode,
         deepep_dispatcher_output_dtype=cfg.deepep_dispatcher_output_dtype,
         chunked_prefill_size=cfg.chunked_prefill_size,
-        decode_graph_rows=_decode_graph_rows(cfg),
+        decode_graph_rows=None if requests is None else requests * rows_a_request,
+        rows_a_request=rows_a_request,
         disaggregation_mode=cfg.disaggregation_mode,
         prefill_graphs=_prefill_graphs(server_args),
         allreduce_fusion=cfg.flashinfer_allreduce_fusion_backend,
@@ -187,6 +191,7 @@ def launch_of(server_args: Any) -> Launch:
             cfg.enforce_disable_flashinfer_allreduce_fusion or cfg.enable_deterministic_inference
         ),
         no_fp4_allgather=cfg.disable_flashinfer_cutlass_moe_fp4_allgather,
+        fp4_by_token=envs.SGLANG_FLASHINFER_NVFP4_PER_TOKEN_ACTIVATION.get(),
         enable_lora=bool(cfg.enable_lora),
         enable_return_routed_experts=bool(cfg.enable_return_routed_experts),
         needs_sglang=tuple(_standard_only(cfg)),
@@ -195,14 +200,21 @@ def launch_of(server_args: Any) -> Launch:
     return resolved(launch)
 
 
-def _decode_graph_rows(cfg: Any) -> int | None:
-    """The largest batch of decode's CUDA graphs, None where there are none or it is not known."""
+def _decode_graph(server_args: Any, backend: str) -> tuple[int | None, int]:
+    """(requests, rows of each) of decode's largest CUDA graph in an attention-DP group.
+
+    None where there are no graphs, or nobody asks: only SGLang's backends count slots. Its own
+    sum, as for DeepEP v2: no graph is for more requests than may run.
+    """
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.arg_groups.moe_hook import _decode_graph_dispatch_tokens_per_rank
     from sglang.srt.model_executor.cuda_graph_config import Backend
 
-    graphs = cfg.cuda_graph_config
-    if not hasattr(graphs, "decode") or graphs.decode.backend == Backend.DISABLED:
-        return None
-    return graphs.decode.max_bs
+    graphs = resolving_view(server_args).cuda_graph_config
+    known = hasattr(graphs, "decode") and graphs.decode.backend != Backend.DISABLED
+    if backend in FREE or not known:
+        return None, 1
+    return _decode_graph_dispatch_tokens_per_rank(server_args)
 
 
 def _prefill_graphs(server_args: Any) -> bool:

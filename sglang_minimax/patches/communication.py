@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sglang_minimax import ARCHITECTURE
-from sglang_minimax.config import Architecture
 from sglang_minimax.moe_exchange import backends, rules
+from sglang_minimax.moe_exchange.rules_runner import DEEP_GEMM
 from sglang_minimax.moe_exchange.supported import PACKAGES, SLOTS, Facts
 from sglang_minimax.support import Launch
 
@@ -48,7 +48,7 @@ def fuse_all_reduce(server_args: Any, hf_config: Any) -> dict[str, Any]:
     cfg = resolving_view(server_args)
     if cfg.flashinfer_allreduce_fusion_backend is not None:
         return {}
-    fused, why = backends.fusion(Architecture.from_config(hf_config), _shape(cfg))
+    fused, why = backends.fusion(_shape(cfg))
     if not fused:
         return {}
     logger.info(
@@ -104,18 +104,21 @@ def register_deepep_v2() -> None:
 
 
 def facts_of(server_args: Any) -> Facts:
-    """What this machine has for the backend that the arguments name."""
+    """What this machine has for the backend and the runner that the arguments name."""
     import torch
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
     from sglang.srt.environ import envs
 
     cfg = resolving_view(server_args)
     backend = cfg.moe_a2a_backend
+    deep_gemm = None
+    if backend not in rules.FREE or cfg.moe_runner_backend == DEEP_GEMM:
+        deep_gemm = _has_deep_gemm()
     if backend in rules.FREE:
-        return Facts()
+        return Facts(deep_gemm=deep_gemm)
     return Facts(
         low_latency_sizes=low_latency_sizes() if backend == "deepep" else None,
-        deep_gemm=_has_deep_gemm(),
+        deep_gemm=deep_gemm,
         aiter=envs.SGLANG_USE_AITER.get(),
         missing=frozenset({backend} if is_missing(PACKAGES.get(backend, "")) else ()),
         bf16=model_config_of(server_args).dtype == torch.bfloat16,

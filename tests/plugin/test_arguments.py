@@ -14,6 +14,7 @@ from sglang_minimax.cli.topology import architecture
 from sglang_minimax.moe_exchange.plan import ExchangePlan, plan_for
 from sglang_minimax.moe_exchange.rules import VARIABLE
 from sglang_minimax.validation.engine_process import preload
+from tests.plugin.processes import forked
 
 FIELDS = (
     *("enable_tf32_matmul", "attention_backend", "sampling_backend", "sleep_on_idle"),
@@ -236,3 +237,35 @@ def test_a_model_that_another_server_provides_is_none_of_our_business() -> None:
         model_path = "instance://127.0.0.1:9999"
 
     assert asked_for_ours(Record()) is False
+
+
+def decode_graph(arguments: Sequence[str], largest: int) -> Any:
+    """What we count of decode's graphs, with DeepEP and without. largest: of SGLang's list."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    from sglang.srt.model_executor.cuda_graph_config import Phase, with_phase
+    from sglang.srt.server_args import prepare_server_args
+
+    from sglang_minimax.patches.arguments import _decode_graph
+
+    server_args = prepare_server_args(["--model-path", str(TINY_M2), *arguments])
+    server_args.resolve_once()
+    graphs = resolving_view(server_args).cuda_graph_config
+    graphs = with_phase(graphs, Phase.DECODE, backend="full", max_bs=largest)
+    declare_resolution(server_args, "test", cuda_graph_config=graphs)
+    return _decode_graph(server_args, "deepep"), _decode_graph(server_args, "none")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "requests"),
+    [
+        (DP2, 512),
+        (f"{DP2} --max-running-requests 64", 32),
+        ("--tp-size 2 --max-running-requests 64", 64),
+        (f"{DP2} --max-running-requests 4096", 512),
+    ],
+)
+def test_no_graph_is_for_more_requests_than_may_run(arguments: str, requests: int) -> None:
+    """Of an attention-DP group; refusing more than SGLang captures would refuse what it serves."""
+    asked, free = forked(decode_graph, arguments.split(), 512)
+    assert asked == (requests, 1)
+    assert free == (None, 1)

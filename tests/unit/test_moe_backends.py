@@ -235,6 +235,44 @@ def test_slots_of_a_variable_are_proposed_where_there_can_be_so_many():
     assert said(FP8, enough, **launch) == []
 
 
+def test_requests_of_a_graph_may_have_several_rows_each():
+    """Speculation verifies draft tokens; what is proposed counts requests again."""
+    launch = {**GROUPS, "moe_a2a_backend": "deepep", "decode_graph_rows": 64 * 4}
+    (sentence,) = said(FP8, **{**launch, "rows_a_request": 4})
+    assert "sends 256 rows" in sentence
+    assert "use --cuda-graph-max-bs-decode 32, or" in sentence
+    assert said(FP8, **{**launch, "decode_graph_rows": 32 * 4, "rows_a_request": 4}) == []
+
+
+def test_groups_are_said_together_with_the_runner():
+    """A remedy for one of them alone would only lead to the other sentence."""
+    launch = {**HOPPER, "moe_a2a_backend": "flashinfer"}
+    sentences = said(FP8, **launch)
+    assert [
+        word in said
+        for word, said in zip(("deep_gemm", "--attn-dp-size 8"), sentences, strict=True)
+    ] == [
+        True,
+        True,
+    ]
+    assert said(FP8, **{**launch, "moe_runner_backend": "deep_gemm", "dp": 8}) == []
+
+
+def test_an_unknown_backend_is_named_as_such():
+    (sentence,) = said(FP8, **{**HOPPER, "moe_a2a_backend": "deepep2"})
+    assert sentence.startswith("SGLang has no --moe-a2a-backend deepep2; use deepep, deepep_v2, ")
+
+
+def test_a_runner_without_its_package_is_refused():
+    absent = replace(HERE, deep_gemm=False)
+    (sentence,) = said(FP8, absent, **{**HOPPER, "moe_runner_backend": "deep_gemm"})
+    assert "needs DeepGEMM" in sentence
+    assert said(FP8, absent, **{**HOPPER, "moe_runner_backend": "auto"}) == []
+    assert said(FP8, **{**HOPPER, "moe_runner_backend": "deep_gemm"}) == []
+    # It does nothing for AWQ, which runs Marlin.
+    assert said(AWQ, absent, **{**HOPPER, "moe_runner_backend": "deep_gemm"}) == []
+
+
 def test_rows_are_counted_after_attention_tp_has_cut_them():
     launch = {**HOPPER, "moe_a2a_backend": "deepep", "decode_graph_rows": 1024}
     assert said(FP8, **launch) == []
@@ -303,8 +341,8 @@ def test_every_way_has_a_package_or_needs_none_and_names_what_sglang_has():
 def test_fused_without_attention_dp_on_hopper_and_blackwell():
     for capability in (90, 100, 103):
         launch = Launch(**{**HOPPER, "capability": capability})
-        assert fusion(FP8, launch) == (True, "after attention and after the experts")
-        assert fusion_after_experts(FP8, launch)[0]
+        assert fusion(launch) == (True, "after attention and after the experts")
+        assert fusion_after_experts(launch)[0]
 
 
 APART = [
@@ -328,13 +366,13 @@ APART = [
 
 @pytest.mark.parametrize("arguments", APART, ids=str)
 def test_apart(arguments):
-    fused, why = fusion(FP8, Launch(**{**HOPPER, **arguments}))
+    fused, why = fusion(Launch(**{**HOPPER, **arguments}))
     assert not fused
     assert why
 
 
 def test_blackwell_reaches_over_nodes():
-    assert fusion(FP8, Launch(**{**BLACKWELL, "nodes": 2}))[0]
+    assert fusion(Launch(**{**BLACKWELL, "nodes": 2}))[0]
 
 
 @pytest.mark.parametrize(
@@ -342,14 +380,14 @@ def test_blackwell_reaches_over_nodes():
 )
 def test_only_after_attention(arguments):
     launch = Launch(**{**HOPPER, **arguments})
-    fused, why = fusion(FP8, launch)
+    fused, why = fusion(launch)
     assert fused
     assert why.startswith("after attention; ")
-    assert not fusion_after_experts(FP8, launch)[0]
+    assert not fusion_after_experts(launch)[0]
 
 
 def test_what_the_user_named_is_said():
-    _, why = fusion(FP8, Launch(**{**HOPPER, "allreduce_fusion": "trtllm"}))
+    _, why = fusion(Launch(**{**HOPPER, "allreduce_fusion": "trtllm"}))
     assert "--flashinfer-allreduce-fusion-backend trtllm" in why
 
 

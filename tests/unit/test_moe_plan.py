@@ -19,7 +19,6 @@ from sglang_minimax import legality
 from sglang_minimax.config import Architecture
 from sglang_minimax.loading.formats.table import EXAMPLES
 from sglang_minimax.moe_exchange import backends, report, rules, rules_runner, rules_table
-from sglang_minimax.moe_exchange.moves import received
 from sglang_minimax.moe_exchange.paths import CUSTOMIZED, FORCEABLE, Movement, Rows
 from sglang_minimax.moe_exchange.plan import Combine, ExchangePlan, default_of_sglang, plan_for
 from sglang_minimax.support import Launch, refusals
@@ -85,6 +84,7 @@ READS = {
     "marlin": {"plain"},
     "flashinfer_cutlass": {"plain", "fp4"},
     "flashinfer_trtllm_routed": {"plain", "fp4"},
+    "flashinfer_trtllm": {"plain", "fp4"},
 }
 #: Form of rows -> checkpoints that can have it.
 FORMS = {"plain": set(CHECKPOINTS), "fp8": {"fp8"}, "fp4": {"nvfp4"}}
@@ -244,8 +244,9 @@ def about_bytes(each: Case, plan: ExchangePlan) -> Iterator[str]:
     topology = Topology(launch.tp, launch.dp, launch.ep, launch.pp, launch.nodes)
     sglangs = default_of_sglang(each.arch, launch)
     for _, batch in report.batches(topology):
-        ours = received(topology, plan.path, plan.payload, batch)
-        theirs = received(topology, sglangs.path, sglangs.payload, batch)
+        ours, theirs = (report.per_token(each, topology, batch) for each in (plan, sglangs))
+        assert ours is not None
+        assert theirs is not None
         choices = 8 * each.arch.top_k if plan.path.is_ours else 0
         if ours > theirs + choices:
             yield f"{ours} B a token, where SGLang has {theirs}"
@@ -269,14 +270,14 @@ Row = tuple[str, str, dict[str, Any], tuple[str, str, str] | str]
 DP8 = {"tp": 8, "dp": 8, "ep": 8}
 DP2 = {"tp": 8, "dp": 2, "ep": 8}
 EP8 = {"tp": 8, "ep": 8}
-RS, AR, FUSED, A2A = (
-    str(each)
-    for each in (Combine.REDUCE_SCATTER, Combine.ALL_REDUCE, Combine.FUSED, Combine.ALL_TO_ALL)
+RS, AR, FUSED, A2A, NONE = (
+    *(str(each) for each in (Combine.REDUCE_SCATTER, Combine.ALL_REDUCE, Combine.FUSED)),
+    *(str(each) for each in (Combine.ALL_TO_ALL, Combine.NONE)),
 )
 CUTLASS, ROUTED = "flashinfer_cutlass", "flashinfer_trtllm_routed"
 GOLDEN: tuple[Row, ...] = (
     # Without attention DP.
-    ("fp8", "sm90", {"tp": 1}, ("sglang", "triton", AR)),
+    ("fp8", "sm90", {"tp": 1}, ("sglang", "triton", NONE)),
     ("fp8", "sm90", {"tp": 8}, ("sglang", "triton", FUSED)),
     ("fp8", "sm90", EP8, ("sglang", "triton", FUSED)),
     ("fp8", "sm90", {"tp": 8, "ep": 2}, ("sglang", "triton", AR)),
@@ -294,7 +295,7 @@ GOLDEN: tuple[Row, ...] = (
     ("fp8", "sm90", {**DP8, "moe_runner_backend": "deep_gemm"}, ("gather", "deep_gemm", RS)),
     (
         *("fp8", "sm100", {**DP8, "moe_runner_backend": "flashinfer_trtllm"}),
-        ("sglang", "flashinfer_trtllm", RS),
+        ("gather", "flashinfer_trtllm", RS),
     ),
     ("fp8-tensor", "sm90", DP8, ("gather", "triton", RS)),
     ("fp8-narrow", "sm90", DP8, ("gather", "triton", RS)),
@@ -309,6 +310,16 @@ GOLDEN: tuple[Row, ...] = (
     ("nvfp4", "sm100", {**DP8, "moe_runner_backend": CUTLASS}, ("gather-fp4", CUTLASS, RS)),
     ("nvfp4-w4a16", "sm100", DP8, ("gather", ROUTED, RS)),
     ("nvfp4", "cpu", DP2, ("gather-fp4", "torch", RS)),
+    (
+        *("nvfp4", "sm100", {**DP8, "moe_runner_backend": "flashinfer_trtllm"}),
+        ("gather-fp4", "flashinfer_trtllm", RS),
+    ),
+    ("nvfp4", "sm100", {**DP8, "fp4_by_token": True}, ("gather", ROUTED, RS)),
+    ("fp8", "sm90", {**DP8, "moe_runner_backend": "hpc_ops"}, ("sglang", "hpc_ops", RS)),
+    (
+        *("nvfp4", "sm100", {**DP8, "moe_runner_backend": "flashinfer_cutedsl"}),
+        ("sglang", "flashinfer_cutedsl", RS),
+    ),
     # What SGLang's methods make of a runner that they do not have.
     ("bf16", "sm90", {**DP8, "moe_runner_backend": "marlin"}, ("gather", "triton", RS)),
     ("awq", "sm90", {**DP8, "moe_runner_backend": "triton"}, ("gather", "marlin", RS)),
@@ -329,7 +340,21 @@ GOLDEN: tuple[Row, ...] = (
     ("fp8", "sm90", {**EP8, "moe_a2a_backend": "deepep"}, ("deepep", "deep_gemm", A2A)),
     ("fp8", "sm90", {"tp": 8, "moe_a2a_backend": "deepep"}, ("deepep", "deep_gemm", A2A)),
     # What cannot be.
-    ("fp8", "sm90", {**DP8, "moe_exchange": "gather-fp4"}, "FP8 in 128x128 blocks"),
+    (
+        *("fp8", "sm90", {**DP8, "moe_exchange": "gather-fp4"}),
+        "128x128 blocks; use SGLANG_MINIMAX_MOE=gather-fp8, or use SGLANG_MINIMAX_MOE=gather.",
+    ),
+    (
+        *("nvfp4", "sm100", {**DP8, "fp4_by_token": True, "moe_exchange": "gather-fp4"}),
+        "PER_TOKEN_ACTIVATION scales each row by itself",
+    ),
+    ("fp8-tensor", "sm100", {**DP8, "moe_runner_backend": ROUTED}, "which means triton here"),
+    ("ct-channel", "sm100", {**DP8, "moe_runner_backend": "flashinfer_trtllm"}, "means triton"),
+    ("fp8-tensor", "sm90", {"tp": 8, "moe_runner_backend": "cutlass"}, "has no kernels for FP8"),
+    ("bf16", "sm90", {**EP8, "moe_runner_backend": "hpc_ops"}, "has no kernels for BF16"),
+    ("bf16", "sm80", {**EP8, "moe_runner_backend": CUTLASS}, "no kernels for compute capability 8"),
+    ("fp8", "sm90", {**EP8, "moe_runner_backend": "aiter"}, "has no kernels for cuda"),
+    ("fp8", "rocm", {**EP8, "moe_runner_backend": "deep_gemm"}, "has no kernels for rocm"),
     ("nvfp4-w4a16", "sm120", {**DP8, "moe_exchange": "gather-fp4"}, "without one"),
     ("fp8-narrow", "sm90", {**DP8, "moe_exchange": "gather-fp8"}, "hidden size 3136"),
     (
@@ -372,6 +397,25 @@ def mismatch(row: Row) -> str | None:
 @pytest.mark.parametrize("row", GOLDEN, ids=str)
 def test_golden(row: Row) -> None:
     assert mismatch(row) is None
+
+
+def test_int4_experts_of_compressed_tensors_run_what_sglang_would_choose() -> None:
+    """By GPU, runner and group: CompressedTensorsConfig.get_moe_scheme."""
+
+    def said(words: str, gpu: str, runner: str) -> str:
+        arch = architecture(example(f"`compressed-tensors`, `pack-quantized`, {words}"))
+        launch = Launch(
+            **DP8, **GPUS[gpu], quantization=arch.recipe.method, moe_runner_backend=runner
+        )
+        return "refused" if refusals(arch, launch) else plan_for(arch, launch).runner
+
+    assert said("group", "sm90", "auto") == "marlin"
+    assert said("group", "sm90", "triton") == "triton"
+    assert said("group", "sm100", "auto") == "triton"
+    assert said("group", "sm100", "marlin") == "marlin"
+    assert said("channel", "sm100", "auto") == "marlin"
+    assert said("channel", "sm90", "triton") == "refused"
+    assert said("`actorder: group`", "sm90", "triton") == "refused"
 
 
 # --- refusals ---
@@ -448,10 +492,17 @@ CHOOSE, RUNNER_OF = rules.choose, rules_runner.runner_of
 WRONG: dict[str, tuple[Any, str, Any]] = {
     "DeepGEMM reads FP8 rows": (rules_runner, "READERS", _more_readers(Rows.FP8, "deep_gemm")),
     "Marlin reads FP4 rows": (rules_runner, "READERS", _more_readers(Rows.FP4, "marlin")),
-    "a kernel that routes takes rows that were routed": (
+    "HPC-Ops takes rows that nobody has tried": (
         *(rules_runner, "READERS"),
-        _more_readers(Rows.PLAIN, "flashinfer_trtllm"),
+        _more_readers(Rows.PLAIN, "hpc_ops"),
     ),
+    "weights laid out by the backend do not matter": (
+        *(rules_runner, "READERS"),
+        _more_readers(Rows.PLAIN, "flashinfer_cutedsl"),
+    ),
+    "FP8 of any kind for kernels of blocks": (rules_runner, "_FP8_BLOCKS_ONLY", ()),
+    "any GPU for any kernel": (rules_runner, "_runs_on", lambda *_: True),
+    "any family for any kernel": (rules_runner, "_ASSERTED", {}),
     "FP8 of any kind has groups": (
         *(rules_runner, "has_fp8_blocks"),
         lambda arch: arch.recipe.method == "fp8",
@@ -493,8 +544,8 @@ WRONG: dict[str, tuple[Any, str, Any]] = {
     ),
     "DeepEP feeds the triton kernels": (rules_runner, "_DEEP_GEMM_FOR_FP8", ()),
     "runners are not refused": (rules_runner, "_against", lambda arch, launch: None),
-    "always fused": (backends, "fusion_after_experts", lambda arch, launch: (True, "always")),
-    "never fused": (backends, "fusion_after_experts", lambda arch, launch: (False, "never")),
+    "always fused": (backends, "fusion_after_experts", lambda launch: (True, "always")),
+    "never fused": (backends, "fusion_after_experts", lambda launch: (False, "never")),
 }
 
 
@@ -516,12 +567,16 @@ def test_a_wrong_rule_is_noticed(wrong: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_start_up_line_says_path_rows_runner_and_combine_with_reasons() -> None:
     each = case("fp8", "sm90", **DP8, prefill_graphs=True)
-    line, price = report.lines(plan_for(each.arch, each.launch))
+    line, unmeasured, price = report.lines(plan_for(each.arch, each.launch))
     assert line == (
         "MoE exchange: gather-fp8 (the fewest bytes with attention DP that the experts' kernels "
         "can read): e4m3 with fp32 scales, ids and weights, 3,232 B a row; experts run triton "
         "(SGLang's choice for FP8 in 128x128 blocks); reduce-scatter after them (sums go to the "
         "rows' owners only, padded alike or not)"
+    )
+    assert unmeasured == (
+        "MoE exchange: gather-fp8 has not been measured on GPUs for MiniMax-M2; "
+        "SGLANG_MINIMAX_MOE=sglang goes back to SGLang's own way."
     )
     assert price == (
         "MoE exchange: SGLang captures no CUDA graphs of prefill with gather-fp8 "

@@ -300,3 +300,18 @@ def test_sizes_are_judged_before_the_exchange():
 
 def test_formats_are_not_held_against_the_cpu_platform():
     assert refusals(KERNELS, Launch(hardware="cpu")) == []
+
+
+@pytest.mark.parametrize("quantization", ["nvfp4_online", "awq", "modelopt_fp4"])
+def test_a_checkpoint_is_not_read_as_another_kind(quantization):
+    sentence = only(FP8, tp=8, ep=8, quantization=quantization)
+    assert f"--quantization {quantization} is for other checkpoints" in sentence
+    assert refusals(FP8, Launch(tp=8, ep=8)) == []
+    assert refusals(FP8, Launch(tp=8, ep=8, quantization="fp8")) == []
+
+
+def test_kernels_names_for_a_format_are_understood():
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+    arch = Architecture.from_config({"head_dim": 128, "quantization_config": awq})
+    for name in ("awq", "awq_marlin", "moe_wna16"):
+        assert refusals(arch, Launch(tp=8, ep=8, quantization=name)) == []
