@@ -23,12 +23,13 @@ from rich.table import Table
 from benchmarks import common
 from benchmarks.intree import serve_intree
 from sglang_minimax import TINY_M2
+from sglang_minimax.moe_exchange.paths import SGLANG
 from sglang_minimax.validation.agreement import compare, random_prompt
 from sglang_minimax.validation.engine_process import EngineFailed, EngineProcess
 from sglang_minimax.validation.oracle import TransformersOracle
 from sglang_minimax.validation.run import ShapeResult, refusal, run_shape, why_not_here
 from sglang_minimax.validation.session import Session
-from sglang_minimax.validation.shapes import catalogue
+from sglang_minimax.validation.shapes import EXCHANGE, catalogue
 
 MODELS = {"in_tree": serve_intree, "ours": None}
 #: A rebalance every few steps, over two ranks with two spare slots.
@@ -58,8 +59,11 @@ def main(
                 continue
             row: dict[str, Any] = {"shape": shape.name, "why": shape.why}
             for model, before in MODELS.items():
+                # The in-tree class knows SGLang's own path to the experts alone.
+                path = f",{EXCHANGE}{SGLANG.name}" if before else ""
+                place = shape.model_copy(update={"topology": shape.topology + path})
                 with console.status(f"{shape.name}, {model}"):
-                    row[model] = outcome(run_shape(shape, subject, before=before, timeout=120))
+                    row[model] = outcome(run_shape(place, subject, before=before, timeout=120))
             rows.append(row)
     if not only:
         row = {"shape": "tp=2,ep=2 --enable-eplb", "why": "experts move while requests run"}

@@ -21,9 +21,10 @@ def serve_intree() -> None:
 
     from sglang_minimax.layers import attention, moe
     from sglang_minimax.models import minimax_m2 as ours
-    from sglang_minimax.patches import model_registry
+    from sglang_minimax.patches import model_loader, model_registry
 
     os.environ[VARIABLE] = SGLANG.name
+    model_loader.is_ours = lambda *_: False
     model_registry.our_model_class = lambda: minimax_m2.MiniMaxM2ForCausalLM
     # What the harness watches inside the ranks is then the in-tree model too.
     ours.MiniMaxM2ForCausalLM = minimax_m2.MiniMaxM2ForCausalLM

@@ -21,6 +21,7 @@ import torch
 from sglang_minimax.validation.run import ShapeResult, run_shape
 from sglang_minimax.validation.session import Session
 from sglang_minimax.validation.shapes import catalogue
+from tests.engine import mistakes_in_exchange as exchange
 
 #: Seconds for an engine to start or answer: a mistake may leave ranks waiting for each other.
 PATIENCE = 120.0
@@ -108,7 +109,7 @@ def eps_divided_by_the_width() -> None:
     def __init__(self: Any, q: Any, k: Any, shard: Any, *args: Any, eps: float) -> None:
         original(self, q, k, shard, *args, eps=eps / shard.q_total)
 
-    Prologue.__init__ = __init__  # type: ignore[method-assign]
+    Prologue.__init__ = __init__  # type: ignore[assignment,method-assign]
 
 
 def usual_eps() -> None:
@@ -205,40 +206,6 @@ def no_sum_over_moe_tp() -> None:
     utils._post_experts_sum = _post_experts_sum
 
 
-def _swap_first_two(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """The first two ranks' rows changed places, as far as both have any."""
-    first, second, *rest = rows.split(sizes)
-    common = min(len(first), len(second))
-    return torch.cat(
-        [second[:common], first[common:], first[:common], second[common:], *rest]
-    )  # fmt: skip
-
-
-def uneven_chunks_in_the_wrong_order() -> None:
-    """reduce_scatterv hands two ranks each other's rows."""
-    from sglang.srt.distributed.parallel_state import GroupCoordinator
-
-    original = GroupCoordinator.reduce_scatterv
-
-    def reduce_scatterv(self: Any, input_: torch.Tensor, output: Any = None, sizes: Any = None):
-        even = [len(input_) // self.world_size] * self.world_size
-        return original(self, _swap_first_two(input_, sizes or even), output=output, sizes=sizes)
-
-    GroupCoordinator.reduce_scatterv = reduce_scatterv
-
-
-def even_chunks_in_the_wrong_order() -> None:
-    """reduce_scatter_tensor hands the ranks their rows from the last to the first."""
-    from sglang.srt.distributed.parallel_state import GroupCoordinator
-
-    original = GroupCoordinator.reduce_scatter_tensor
-
-    def reduce_scatter_tensor(self: Any, output: torch.Tensor, input: torch.Tensor) -> None:
-        original(self, output, torch.cat(input.chunk(self.world_size)[::-1]))
-
-    GroupCoordinator.reduce_scatter_tensor = reduce_scatter_tensor
-
-
 def padding_leaks() -> None:
     """Rows that pad a decode write their K and V over those of a request."""
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -265,7 +232,7 @@ def experts_elsewhere_are_the_last() -> None:
     ) -> torch.Tensor:
         return original(x, w13, w2, weights, ids.where(ids >= 0, len(w13) - 1), *rest)
 
-    experts.local_experts = local_experts
+    experts.local_experts = local_experts  # type: ignore[assignment]
 
 
 def head_cut_over_tp() -> None:
@@ -289,7 +256,7 @@ def last_layer_not_captured() -> None:
     def _capture_outputs_of(self: Any, layer_ids: Any) -> None:
         original(self, [each for each in layer_ids if each != self.arch.num_layers - 1])
 
-    minimax_m2.MiniMaxM2ForCausalLM._capture_outputs_of = _capture_outputs_of
+    minimax_m2.MiniMaxM2ForCausalLM._capture_outputs_of = _capture_outputs_of  # type: ignore[method-assign]
 
 
 def captured_a_layer_early() -> None:
@@ -301,7 +268,7 @@ def captured_a_layer_early() -> None:
     def _capture_outputs_of(self: Any, layer_ids: Any) -> None:
         original(self, [each - 1 for each in layer_ids])
 
-    minimax_m2.MiniMaxM2ForCausalLM._capture_outputs_of = _capture_outputs_of
+    minimax_m2.MiniMaxM2ForCausalLM._capture_outputs_of = _capture_outputs_of  # type: ignore[method-assign]
 
 
 def kv_of_all_layers() -> None:
@@ -337,8 +304,11 @@ MISTAKES = (
     Mistake(k_norm_cut_like_q, "tp=8", "the server was not started"),
     Mistake(k_sum_counts_replicas, "tp=8"),
     # Ranks of another attention group have other tokens or none: what is summed does not match.
+    # Behind our gather the ranks would wait for each other, until nobody does any more.
     Mistake(
-        model_tp_group_in_the_norm, "tp=4,dp=2", "all_reduce at qk_norm over ranks [0, 1, 2, 3]"
+        model_tp_group_in_the_norm,
+        "tp=4,dp=2,exchange=sglang",
+        "all_reduce at qk_norm over ranks [0, 1, 2, 3]",
     ),
     Mistake(norm_weights_of_the_model_tp_rank, "tp=4,dp=2", "of which this rank holds [64] of"),
     Mistake(k_norm_of_the_next_head, "tp=1"),
@@ -350,14 +320,28 @@ MISTAKES = (
     Mistake(no_renormalisation, "tp=1"),
     Mistake(no_correction_bias, "tp=1"),
     Mistake(no_sum_over_moe_tp, "tp=4,ep=2"),
-    Mistake(uneven_chunks_in_the_wrong_order, "tp=4,dp=4,ep=4"),
-    Mistake(even_chunks_in_the_wrong_order, "tp=4,dp=2,ep=4"),
+    Mistake(exchange.uneven_chunks_in_the_wrong_order, "tp=4,dp=4,ep=4"),
+    Mistake(exchange.even_chunks_in_the_wrong_order, "tp=4,dp=2,ep=4"),
     Mistake(padding_leaks, "tp=4,dp=2,ep=4"),
     Mistake(experts_elsewhere_are_the_last, "tp=4,ep=4"),
     Mistake(head_cut_over_tp, "tp=4,dp=2,dp_lm_head", "the weights do not fit the model"),
     Mistake(last_layer_not_captured, "tp=1", "captured [30, "),
     Mistake(captured_a_layer_early, "tp=1", "captured of layer"),
     Mistake(kv_of_all_layers, "pp=2", "KV"),
+    Mistake(
+        exchange.summed_again_at_the_boundary,
+        "tp=4,ep=2,exchange=gather",
+        "4 all_reduce at boundary",
+    ),
+    Mistake(
+        exchange.combined_over_attention_tp,
+        "tp=4,dp=2",
+        "reduce_scatter_tensor at experts over [0, 1]",
+    ),
+    Mistake(exchange.rows_in_the_order_of_attention_tp, "tp=4,dp=2"),
+    Mistake(exchange.counts_of_the_forward_before, "tp=2,dp=2", "rows for sizes that add up to"),
+    Mistake(exchange.counts_without_padding, "tp=2,dp=2", "rows where the forward counts"),
+    Mistake(exchange.padded_for_an_even_gather, "tp=2,dp=2", "all_gather_into_tensor at experts"),
 )
 
 
