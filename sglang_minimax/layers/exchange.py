@@ -36,28 +36,33 @@ def open_to_peers(device: torch.device, gather: Gather[Any]) -> Opening:
     reason = _outside_one_domain(device, group.cpu_group, gather)
     if reason:
         return Opening(None, reason)
+    backend = get_exec().moe.moe_a2a_backend
     try:
         channel = open_channel(
-            group.device_group, first_problem(gather), device, alone=_alone(get_server_args())
+            group.device_group,
+            first_problem(gather),
+            device,
+            alone=_alone(get_server_args(), backend),
         )
     except KernelUnavailable as error:
         return Opening(None, str(error), failed=True)
     return Opening(channel, "")
 
 
-def _alone(arguments: Any) -> bool:
+def _alone(arguments: Any, backend: str) -> bool:
     """Whether nothing beside the exchange waits for a peer: kernels on other streams need room.
 
     Pipeline stages send and receive, EPLB moves experts, SGLang's dispatch backends poll, and
     disaggregated servers hand caches over while batches run, and schedulers can be told to agree on
     the next batch by NCCL meanwhile. Collectives of the forward itself, our dispatchers' among
     them, come after it on the same stream.
+
+    backend: --moe-a2a-backend as resolved; an option for something else may have asked for DeepEP.
     """
     return (
         arguments.pp_size == 1
         and not arguments.enable_eplb
-        # As resolved: an option for something else may have asked for DeepEP.
-        and get_exec().moe.moe_a2a_backend in ("none", CUSTOMIZED)
+        and backend in ("none", CUSTOMIZED)
         and arguments.disaggregation_mode == "null"
         and not envs.SGLANG_NCCL_ALL_GATHER_IN_OVERLAP_SCHEDULER_SYNC_BATCH.get()
     )

@@ -327,8 +327,8 @@ def test_no_memory_pool_is_entered_twice(monkeypatch: pytest.MonkeyPatch, plant:
     ("changes", "variable", "alone"),
     [
         ({}, "0", True),
-        ({"moe_a2a_backend": "none"}, "0", True),
-        ({"moe_a2a_backend": "deepep"}, "0", False),
+        ({"backend": "none"}, "0", True),
+        ({"backend": "deepep"}, "0", False),
         ({"pp_size": 2}, "0", False),
         ({"enable_eplb": True}, "0", False),
         ({"disaggregation_mode": "decode"}, "0", False),
@@ -342,10 +342,12 @@ def test_nothing_waits_for_a_peer_beside_a_forward_with_ours(
     arguments = {
         "pp_size": 1,
         "enable_eplb": False,
-        "moe_a2a_backend": CUSTOMIZED,
         "disaggregation_mode": "null",
+        "backend": CUSTOMIZED,
     }
-    assert exchange._alone(SimpleNamespace(**arguments | changes)) is alone
+    arguments |= changes
+    backend = arguments.pop("backend")
+    assert exchange._alone(SimpleNamespace(**arguments), backend) is alone
 
 
 # --- copies ---

@@ -37,6 +37,9 @@ class Machine:
         group = SimpleNamespace(cpu_group="host", device_group="devices")
         replacements = {
             "get_server_args": lambda: SimpleNamespace(enable_pdmux=self.pdmux, **self.arguments),
+            "get_exec": lambda: SimpleNamespace(
+                moe=SimpleNamespace(moe_a2a_backend=self.arguments["moe_a2a_backend"])
+            ),
             "get_parallel": lambda: SimpleNamespace(attn_tp_group=group),
             "in_the_same_node_as": lambda group, source_rank: [True, self.one_node],
             "is_one_nvlink_clique": lambda group, device: self.one_clique,
