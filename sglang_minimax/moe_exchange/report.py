@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from sglang_minimax.legality import Sizes
 from sglang_minimax.moe_exchange.moves import Batch, Move
 from sglang_minimax.moe_exchange.paths import Movement, Rows
 from sglang_minimax.moe_exchange.plan import ExchangePlan
@@ -34,13 +35,31 @@ class Shown(NamedTuple):
     batch: Batch
 
 
-def lines(plan: ExchangePlan) -> list[str]:
-    """The start-up lines of a plan."""
+def lines(plan: ExchangePlan, sizes: Sizes) -> list[str]:
+    """The start-up lines of a plan. sizes: of the launch that it was made for."""
     said = [
-        f"MoE exchange: {plan.path.name} ({plan.why}): {_sent(plan)}; experts run {plan.runner} "
+        f"{plan.path.name} ({plan.why}): {_sent(plan)}; experts run {plan.runner} "
         f"({plan.runner_why}); {plan.combine} after them ({plan.combine_why})"
     ]
-    return [*said, *(f"MoE exchange: {price}" for price in plan.prices)]
+    if sizes.attention_cp == sizes.moe_dp == 1:
+        topology = Topology(sizes.tp, sizes.dp, sizes.ep, sizes.pp, sizes.nodes)
+        said += _in_a_layer(plan, topology)
+    return [f"MoE exchange: {each}" for each in (*said, *plan.prices)]
+
+
+def _in_a_layer(plan: ExchangePlan, topology: Topology) -> Iterator[str]:
+    """The collectives of a decode and of a prefill, and what a token costs on links."""
+    for shown in batches(topology):
+        received = per_token(plan, topology, shown.batch)
+        named = [
+            f"{move.operation} over {move.kind.replace('_', '-')}"
+            for move in plan.layer(topology, shown.batch)
+        ]
+        if received and named:
+            yield (
+                f"a layer of a {shown.name}: {', '.join(named)}; {received:,.0f} B reach a rank "
+                "for each token"
+            )
 
 
 def _sent(plan: ExchangePlan) -> str:

@@ -105,8 +105,9 @@ def take_the_exchange(server_args: Any, previous: Step) -> None:
     """
     if asked_for_ours(server_args):
         refuse_unsupported(server_args)
-        plan = plan_for(_architecture_of(server_args), launch_of(server_args))
-        for line in report.lines(plan):
+        launch = launch_of(server_args)
+        plan = plan_for(_architecture_of(server_args), launch)
+        for line in report.lines(plan, launch):
             logger.info(line)
         if plan.path.is_ours:
             from sglang.srt.arg_groups.cuda_graph_hook import apply_cuda_graph_compatibility

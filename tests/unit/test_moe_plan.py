@@ -567,12 +567,21 @@ def test_a_wrong_rule_is_noticed(wrong: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_start_up_line_says_path_rows_runner_and_combine_with_reasons() -> None:
     each = case("fp8", "sm90", **DP8, prefill_graphs=True)
-    line, unmeasured, price = report.lines(plan_for(each.arch, each.launch))
+    found = report.lines(plan_for(each.arch, each.launch), each.launch)
+    line, decode, prefill, unmeasured, price = found
     assert line == (
         "MoE exchange: gather-fp8 (the fewest bytes with attention DP that the experts' kernels "
         "can read): e4m3 with fp32 scales, ids and weights, 3,232 B a row; experts run triton "
         "(SGLang's choice for FP8 in 128x128 blocks); reduce-scatter after them (sums go to the "
         "rows' owners only, padded alike or not)"
+    )
+    # 7/8 of 3,232 B gathered and of 6,144 B scattered.
+    assert decode == (
+        "MoE exchange: a layer of a decode: all_gather_into_tensor over tp, reduce_scatter_tensor "
+        "over tp; 8,204 B reach a rank for each token"
+    )
+    assert prefill == decode.replace("decode", "prefill").replace("_into_tensor", "v").replace(
+        "_tensor", "v"
     )
     assert unmeasured == (
         "MoE exchange: gather-fp8 has not been measured on GPUs for MiniMax-M2; "
@@ -583,6 +592,16 @@ def test_a_start_up_line_says_path_rows_runner_and_combine_with_reasons() -> Non
         "(arg_groups/cuda_graph_hook.py, 'unvalidated a2a backend'); SGLANG_MINIMAX_MOE=sglang "
         "keeps them."
     )
+
+
+def test_lines_of_every_legal_launch_can_be_made() -> None:
+    told = 0
+    for each in TABLE:
+        if refusals(each.arch, each.launch):
+            continue
+        lines = report.lines(plan_for(each.arch, each.launch), each.launch)
+        told += any("a layer of a decode" in line for line in lines)
+    assert told > 100
 
 
 def test_the_bytes_of_the_issue() -> None:
