@@ -152,10 +152,13 @@ def short_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
         cells = []
         for load in ("decode", "prefill"):
             theirs, ours = found[name, load, "in-tree"], found[name, load, "ours"]
-            share = (
-                ours["bytes_a_token_a_layer"]["gather"] / theirs["bytes_a_token_a_layer"]["gather"]
-            )
-            cells += [f"{total(theirs):,.0f}", f"{total(ours):,.0f}", f"{100 * share:.0f} %"]
+            both = [row["bytes_a_token_a_layer"]["gather"] for row in (ours, theirs)]
+            refused = theirs["refused_in_tree"]
+            cells += [
+                "refuses" if refused else f"{total(theirs):,.0f}",
+                f"{total(ours):,.0f}",
+                "" if refused else f"{100 * both[0] / both[1]:.0f} %",
+            ]
         lines.append((name, *cells))
     return lines
 
