@@ -101,6 +101,15 @@ def packed_ue8m0(scales: torch.Tensor) -> torch.Tensor:
     return packed.copy_(padded.view(torch.int32))
 
 
+def fp4_global_scale(input_scales: torch.Tensor) -> torch.Tensor:
+    """What FP4 rows are multiplied with: a scalar, fp32.
+
+    input_scales: the checkpoint's, of all matrices and experts that read the rows; the largest
+    counts, as in SGLang (modelopt_quant.py, process_weights_after_loading).
+    """
+    return 1 / input_scales.max().float()
+
+
 def fp4_blocks(
     x: torch.Tensor, global_scale: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

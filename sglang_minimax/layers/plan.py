@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from sglang.srt.runtime_context import get_parallel, get_server_args, process_model_config
 
@@ -13,6 +15,9 @@ from sglang_minimax.moe_exchange.plan import ExchangePlan, plan_for
 from sglang_minimax.moe_exchange.rules import VARIABLE
 from sglang_minimax.patches.arguments import launch_of
 
+#: SGLang's ModelConfig -> the plan of the server that has it. Every layer asks.
+_plans: WeakKeyDictionary[Any, ExchangePlan] = WeakKeyDictionary()
+
 
 def plan_here() -> ExchangePlan:
     """The plan of this server, the same on all ranks. Collective the first time on several nodes.
@@ -20,10 +25,13 @@ def plan_here() -> ExchangePlan:
     Raises PathError, on every rank, where the nodes' environments ask for different paths: their
     ranks would wait for each other in different collectives.
     """
-    launch = launch_of(get_server_args())
-    if launch.nodes > 1:
-        _agree_once(launch.moe_exchange)
-    return plan_for(architecture_here(process_model_config().hf_config), launch)
+    config = process_model_config()
+    if config not in _plans:
+        launch = launch_of(get_server_args())
+        if launch.nodes > 1:
+            _agree_once(launch.moe_exchange)
+        _plans[config] = plan_for(architecture_here(config.hf_config), launch)
+    return _plans[config]
 
 
 @cache

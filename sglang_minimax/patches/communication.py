@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,13 @@ def low_latency_sizes() -> frozenset[int] | None:
     folder = Path(spec.origin).parent
     # Its own extension lies in the package, or beside it in other builds.
     found = [*folder.glob("_C*.so"), *folder.parent.glob("deep_ep_cpp*.so")]
-    return sizes_in(found[0].read_bytes()) if found else None
+    return _sizes_of(found[0]) if found else None
+
+
+@cache
+def _sizes_of(extension: Path) -> frozenset[int] | None:
+    """Arguments are looked at several times, and an extension has some ten megabytes."""
+    return sizes_in(extension.read_bytes())
 
 
 def sizes_in(extension: bytes) -> frozenset[int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -205,20 +206,26 @@ def test_fp4_rows_are_under_one_scale_of_all_experts(monkeypatch: pytest.MonkeyP
     assert_computes(ranks, Model.random(8))
 
 
-def test_padding_is_worth_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its output is zero, and where no expert is elsewhere a runner is given ids that it holds."""
+def with_padding() -> Iterator[tuple[str, str, Path, Model]]:
+    """(topology, name, path, model) of each path; SGLang has marked row 3 as padding by id -1."""
     for topology in ("tp=4,dp=4,ep=4", "tp=4,dp=4"):
         for name, path in PATHS.items():
             if path.movement is Movement.ALL_TO_ALL and "ep" not in topology:
                 continue
             model = Model.random(8)
             model.ids[3] = -1
-            ranks = stage(monkeypatch, topology, path, (2, 2, 2, 2))
-            found = torch.cat(ranks.run(model))
-            assert not found[3].any(), name
-            if "ep" not in topology:
-                ids = torch.cat([came.topk_output.topk_ids for came in ranks.arrived.values()])
-                assert ids.min() >= 0, f"{name}: id {ids.min()}"
+            yield topology, name, path, model
+
+
+def test_padding_is_worth_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its output is zero, and where no expert is elsewhere a runner is given ids that it holds."""
+    for topology, name, path, model in with_padding():
+        ranks = stage(monkeypatch, topology, path, (2, 2, 2, 2))
+        found = torch.cat(ranks.run(model))
+        assert not found[3].any(), name
+        if "ep" not in topology:
+            ids = torch.cat([came.topk_output.topk_ids for came in ranks.arrived.values()])
+            assert ids.min() >= 0, f"{name}: id {ids.min()}"
 
 
 def test_a_sum_of_copies_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,22 +241,17 @@ def test_a_sum_of_copies_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_one_that_marks_padding_gives_it_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang marks padding by id -1, and leaves anything in it: no other row notices."""
-    for topology in ("tp=4,dp=4,ep=4", "tp=4,dp=4"):
-        for name, path in PATHS.items():
-            if path.movement is Movement.ALL_TO_ALL and "ep" not in topology:
-                continue
-            model = Model.random(8)
-            model.ids[3] = -1
-            model.hidden[3] = float("nan")
-            if path.rows is not Rows.PLAIN:
-                model.hidden[3] = 1e30  # a NaN has no code in every form
-            found = torch.cat(stage(monkeypatch, topology, path, (2, 2, 2, 2)).run(model))
-            others = [row for row in range(8) if row != 3]
-            clean = torch.where(model.hidden.isnan(), 0.0, model.hidden)
-            expected = model.outputs(as_transported(path, clean))[others]
-            torch.testing.assert_close(
-                found.double()[others], expected, atol=CLOSE, rtol=CLOSE, msg=name
-            )
+    for topology, name, path, model in with_padding():
+        model.hidden[3] = float("nan")
+        if path.rows is not Rows.PLAIN:
+            model.hidden[3] = 1e30  # a NaN has no code in every form
+        found = torch.cat(stage(monkeypatch, topology, path, (2, 2, 2, 2)).run(model))
+        others = [row for row in range(8) if row != 3]
+        clean = torch.where(model.hidden.isnan(), 0.0, model.hidden)
+        expected = model.outputs(as_transported(path, clean))[others]
+        torch.testing.assert_close(
+            found.double()[others], expected, atol=CLOSE, rtol=CLOSE, msg=name
+        )
 
 
 def test_an_all_to_all_sends_a_row_once_to_each_rank_that_needs_it(

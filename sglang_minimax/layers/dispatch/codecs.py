@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from jit_kernels.row_quant.reference import fp4_blocks, fp8_groups
+from jit_kernels.row_quant.reference import fp4_blocks, fp4_global_scale, fp8_groups
 from sglang_minimax.layers.dispatch.packing import Types
 from sglang_minimax.moe_exchange.paths import Rows
 from sglang_minimax.moe_exchange.payload import FP4_BLOCK, FP8_GROUP
@@ -95,7 +95,7 @@ class Fp4Codec:
     def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if rows.device.type == "cpu":
             # The same on every rank: each holds the input scales of all experts.
-            return fp4_blocks(rows, 1 / self._layer.w13_input_scale.max().float())
+            return fp4_blocks(rows, fp4_global_scale(self._layer.w13_input_scale))
         count, hidden = rows.shape
         if count == 0:  # which SGLang keeps from the kernel too
             return (

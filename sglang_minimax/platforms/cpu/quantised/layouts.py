@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from jit_kernels.row_quant.reference import fp4_global_scale
 from sglang_minimax.platforms.cpu.quantised import activations, dequantise
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
@@ -209,7 +210,7 @@ def input_global_scale(matrix: Matrix) -> torch.Tensor | None:
     if config.is_w4a16 or config.use_per_token_activation:
         return None
     scale = Matrix(matrix.layer, matrix.method, matrix.prefix).get("input_scale")
-    return None if scale is None else 1 / scale.max().float()
+    return None if scale is None else fp4_global_scale(scale)
 
 
 def _nvfp4_input(matrix: Matrix) -> Rounding | None:
