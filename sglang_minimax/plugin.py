@@ -134,7 +134,8 @@ def _replace(patch: Patch, module: ModuleType) -> None:
     replacement.__sglang_original__ = original
     # `from module import name` may have copied the original before we came.
     for other in list(sys.modules.values()):
-        if isinstance(other, ModuleType) and vars(other).get(name) is original:
+        # The default keeps modules without the name apart from those whose copy is None.
+        if isinstance(other, ModuleType) and vars(other).get(name, other) is original:
             setattr(other, name, replacement)
 
 

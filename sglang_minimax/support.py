@@ -42,6 +42,8 @@ class Launch(legality.Sizes):
     enable_two_batch_overlap: bool = False
     enable_single_batch_overlap: bool = False
     speculative_algorithm: str | None = None
+    # Further options of speculation, as the user wrote them, that change its algorithm.
+    speculative_options: tuple[str, ...] = ()
     quantization: str | None = None
     moe_a2a_backend: str = "none"
     moe_runner_backend: str = "auto"

@@ -1,4 +1,8 @@
-"""Numbers outside the vocabulary are a request's mistake; SGLang lets them end the scheduler."""
+"""What a request asks for and cannot have, answered with status 400.
+
+Numbers outside the vocabulary end SGLang's scheduler. Options that its verification of drafted
+tokens leaves out, or applies to some tokens only, change what is generated without a word.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,17 @@ from typing import Any
 from sglang_minimax import ARCHITECTURE
 
 Validate = Callable[..., None]
+
+# Sampling options that change with a draft -> the value that asks for nothing. SGLang's
+# eagle_sample never reads min_p, and its penalties count one token of each verified step
+# (schedule_batch.cumulate_penalty_output_tokens).
+INEXACT_WITH_DRAFT = {
+    "min_p": 0,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "repetition_penalty": 1,
+    "min_new_tokens": 0,
+}
 
 
 def refuse_impossible_numbers(original: Validate) -> Validate:
@@ -24,6 +39,8 @@ def refuse_impossible_numbers(original: Validate) -> Validate:
         config = self.model_config
         if ARCHITECTURE in (getattr(config.hf_config, "architectures", None) or ()):
             check_numbers(obj, input_ids, config.vocab_size)
+            if algorithm := self.server_args.speculative_algorithm:
+                check_with_draft(obj, algorithm)
 
     return _validate_one_request
 
@@ -52,6 +69,26 @@ def check_numbers(obj: Any, input_ids: list[int] | None, vocab_size: int) -> Non
         for token in stops:
             if token is not None:
                 _check_token("stop_token_ids", int(token), vocab_size)
+
+
+def check_with_draft(obj: Any, algorithm: str) -> None:
+    """Raise ValueError for an option that would not mean with a draft what it means without.
+
+    obj: one `GenerateReqInput`. algorithm: --speculative-algorithm, for the sentence.
+    """
+    sampling = obj.sampling_params or {}
+    for name, nothing in INEXACT_WITH_DRAFT.items():
+        value = sampling.get(name)
+        if value is not None and value != nothing:
+            raise ValueError(
+                f"{name} {value} is not exact with drafted tokens; send {name} {nothing}, or ask a "
+                f"server that was started without --speculative-algorithm {algorithm}."
+            )
+    if getattr(obj, "custom_logit_processor", None):
+        raise ValueError(
+            "custom_logit_processor is not applied to drafted tokens; leave it out, or ask a "
+            f"server that was started without --speculative-algorithm {algorithm}."
+        )
 
 
 def _check_token(where: str, token: int, vocab_size: int) -> None:

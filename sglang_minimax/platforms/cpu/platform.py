@@ -19,6 +19,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+from sglang_minimax.platforms.cpu.support import EAGLE3
+
 logger = logging.getLogger(__name__)
 
 #: Share of the free memory that one engine plans with. It is host memory: the operating
@@ -68,6 +70,24 @@ class MinimaxCpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang_minimax.platforms.cpu.quantised.intercept import config_class
 
         return config_class(quantization)
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm == EAGLE3
+
+    def supports_speculative_draft_attention_backend(self, algorithm: str, backend: str) -> bool:
+        return algorithm == EAGLE3 and backend == "torch_native"
+
+    def get_speculative_worker_cls(self, algorithm: str) -> type | None:
+        if algorithm != EAGLE3:
+            return None
+        from sglang_minimax.platforms.cpu.speculation.worker import CpuEagleWorker
+
+        return CpuEagleWorker
+
+    def get_speculative_cache_locs_fn(self) -> Any:
+        from sglang_minimax.platforms.cpu.speculation.slots import slots_between
+
+        return slots_between
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Fill in what the user left open; what they set stays.

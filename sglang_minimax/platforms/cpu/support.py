@@ -8,6 +8,8 @@ from sglang_minimax.config import Architecture
 from sglang_minimax.moe_exchange.rules import FREE
 from sglang_minimax.support import Launch
 
+#: The algorithm of drafts that runs here, as SGLang spells it.
+EAGLE3 = "EAGLE3"
 #: SGLang's names of the formats that are dequantised here; `quantised` computes with them.
 QUANTIZATIONS = (
     "fp8",
@@ -31,11 +33,13 @@ def refusals(arch: Architecture, launch: Launch) -> Iterator[str]:
             f"--moe-a2a-backend {launch.moe_a2a_backend} needs a GPU; on the CPU platform start "
             "without it, expert parallelism works over gloo."
         )
-    if launch.speculative_algorithm:
+    if launch.speculative_algorithm not in (None, EAGLE3):
         yield (
             f"--speculative-algorithm {launch.speculative_algorithm} is not supported on the CPU "
-            "platform yet; start without it."
+            f"platform; use {EAGLE3}, or start without it."
         )
+    for option in launch.speculative_options:
+        yield f"{option} needs a GPU; start without it on the CPU platform."
     if launch.quantization and arch.recipe.method is None:
         yield (
             f"--quantization {launch.quantization} quantises plain weights with a GPU's kernels; "

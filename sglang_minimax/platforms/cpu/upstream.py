@@ -10,6 +10,7 @@ _DEVICES = "sglang_minimax.platforms.cpu.devices"
 _EXPERTS = "sglang_minimax.platforms.cpu.experts"
 _QUANTISED = "sglang_minimax.platforms.cpu.quantised.walls"
 _WAITING = "sglang_minimax.platforms.cpu.waiting"
+_SPECULATION = "sglang_minimax.platforms.cpu.speculation.patches"
 _ASKS_THE_PLATFORM = "when SGLang asks the platform here"
 
 CPU_PATCHES: tuple[Patch, ...] = (
@@ -195,6 +196,107 @@ CPU_PATCHES: tuple[Patch, ...] = (
         how="a class that does nothing; our method never calls it",
         upstream=None,
         exit="when SGLang looks them up when they are called",
+    ),
+    Patch(
+        target="sglang.kernels.ops.speculative.spec_tree:build_tree_kernel_efficient_func",
+        replacement=f"{_SPECULATION}:build_tree",
+        scope=Scope.CPU,
+        why="refuses a platform of others; no seam",
+        how="the same tree in PyTorch",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
+    ),
+    Patch(
+        target="sglang.kernels.ops.speculative.spec_tree:verify_tree_greedy_func",
+        replacement=f"{_SPECULATION}:verify_greedy",
+        scope=Scope.CPU,
+        why="refuses a platform of others; no seam",
+        how="the same walk in PyTorch",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
+    ),
+    Patch(
+        target=(
+            "sglang.kernels.ops.speculative.verify_sampling:tree_speculative_sampling_target_only"
+        ),
+        replacement=f"{_SPECULATION}:sample_by_target",
+        scope=Scope.CPU,
+        why="None without a GPU, so that a request with a temperature ends the server",
+        how="the same sampling in PyTorch",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
+    ),
+    Patch(
+        target="sglang.kernels.ops.sampling.renorm:top_k_renorm_prob",
+        replacement=f"{_SPECULATION}:keep_top_k",
+        scope=Scope.CPU,
+        why="None without a GPU, so that a request with top-k ends a server with a draft",
+        how="the same in PyTorch",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
+    ),
+    Patch(
+        target="sglang.kernels.ops.sampling.renorm:top_p_renorm_prob",
+        replacement=f"{_SPECULATION}:keep_top_p",
+        scope=Scope.CPU,
+        why="None without a GPU, so that a request with top-p ends a server with a draft",
+        how="the same in PyTorch",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
+    ),
+    Patch(
+        target="sglang.srt.speculative.spec_utils:_select_top_k_tokens_later",
+        replacement=f"{_SPECULATION}:without_compiling",
+        scope=Scope.CPU,
+        why="torch.compile asks for Inductor, whatever the platform's compile backend is",
+        how="the function itself",
+        upstream=None,
+        exit="when SGLang asks get_compiler_backend here",
+    ),
+    Patch(
+        target="sglang.kernels.ops.speculative.cache_locs:assign_draft_cache_locs_contiguous_func",
+        replacement=f"{_SPECULATION}:assign_draft_slots",
+        scope=Scope.CPU,
+        why="a Triton kernel, beside one with a seam",
+        how="the same in PyTorch",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
+    ),
+    Patch(
+        target="sglang.srt.mem_cache.allocation:assign_req_to_token_pool_func",
+        replacement=f"{_SPECULATION}:record_slots",
+        scope=Scope.CPU,
+        why="a Triton kernel",
+        how="the same in PyTorch",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
+    ),
+    Patch(
+        target="sglang.kernels.ops.speculative.eagle:fill_bonus_tokens_func",
+        replacement=f"{_SPECULATION}:fill_bonus_tokens",
+        scope=Scope.CPU,
+        why="a Triton kernel",
+        how="the same in PyTorch",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
+    ),
+    Patch(
+        target="sglang.srt.speculative.spec_utils:move_accept_tokens_to_target_kvcache",
+        replacement=f"{_SPECULATION}:move_accepted",
+        scope=Scope.CPU,
+        why="two Triton kernels",
+        how="the same in PyTorch",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
+    ),
+    Patch(
+        target="sglang.srt.mem_cache.memory_pool:MHATokenToKVPool._init_kv_copy_and_warmup",
+        replacement=f"{_SPECULATION}:move_rows_natively",
+        scope=Scope.CPU,
+        why="a server with a draft starts a Triton kernel for its KV pool",
+        how="the pool moves rows in PyTorch, SGLang's own other way",
+        upstream=None,
+        exit=_ASKS_THE_PLATFORM,
     ),
 )
 
