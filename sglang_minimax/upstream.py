@@ -132,6 +132,18 @@ PATCHES: tuple[Patch, ...] = (
         exit="when SGLang has an exception for launch errors without a stack trace",
     ),
     Patch(
+        target=(
+            "sglang.srt.managers.scheduler_components.metrics_reporter:"
+            "SchedulerMetricsReporter.__post_init__"
+        ),
+        replacement="sglang_minimax.patches.drafts:watch_acceptance",
+        scope=Scope.MODEL,
+        why="a draft of another model is only slow, and nobody is told",
+        how="listens to the totals of the log line, and warns once of a low accepted length",
+        upstream=None,
+        exit="when SGLang warns of it itself",
+    ),
+    Patch(
         target="sglang.srt.entrypoints.engine:_scheduler_died_error",
         replacement="sglang_minimax.patches.launch_errors:stop_quietly",
         scope=Scope.MODEL,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from sglang_minimax import TINY_M2, __version__
-from sglang_minimax.errors import MinimaxError
+from sglang_minimax.cli import accuracy
+from sglang_minimax.cli.exits import stop_on_user_error as _stop_on_user_error
 
 app = typer.Typer(
     add_completion=False,
@@ -193,6 +193,10 @@ def inspect(
     nodes: Nodes = 1,
     redundant_experts: RedundantExperts = 0,
     dp_lm_head: DpLmHead = False,
+    target: Annotated[
+        Path | None,
+        typer.Option(help="Model folder, where CHECKPOINT is an Eagle3 draft to judge for it."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge a checkpoint by its headers: what it holds, and whether and how it would load.
@@ -206,20 +210,17 @@ def inspect(
     if layout is not None and any(size != 1 for size in sizes.values()):
         raise typer.BadParameter("give the sizes either in --topology or one by one.")
     asked = Sizes(**sizes, ep_redundant=redundant_experts)
+    if target is not None:
+        from sglang_minimax.cli.inspect_draft import inspect as show_draft
+
+        model = target
+        _stop_on_user_error(lambda: show_draft(checkpoint, model, asked, layout, as_json=as_json))
     _stop_on_user_error(
         lambda: show(checkpoint, asked, layout, dp_lm_head=dp_lm_head, as_json=as_json)
     )
 
 
-def _stop_on_user_error(command: Callable[[], int]) -> NoReturn:
-    """Exit with the command's status; a MinimaxError is one line on stderr and status 1."""
-    try:
-        status = command()
-    except MinimaxError as error:
-        typer.echo(f"sglang-minimax: {error}", err=True)
-        status = 1
-    raise typer.Exit(status)
-
+app.add_typer(accuracy.app, name="accuracy")
 
 if __name__ == "__main__":
     app()

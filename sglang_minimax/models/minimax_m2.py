@@ -33,6 +33,7 @@ from sglang.srt.utils import LazyValue, add_prefix, make_pp_layers
 from torch import nn
 
 from sglang_minimax.config import Architecture
+from sglang_minimax.drafts.config import guessed_layers
 from sglang_minimax.errors import TopologyError
 from sglang_minimax.layers.attention import MiniMaxM2Attention
 from sglang_minimax.layers.cut import check_layers, check_vocabulary
@@ -313,9 +314,7 @@ class MiniMaxM2ForCausalLM(nn.Module):
     def set_eagle3_layers_to_capture(self, layer_ids: Sequence[int] | None = None) -> None:
         """Capture the outputs of `layer_ids` (Eagle3's usual three without), the last included."""
         if layer_ids is None:
-            # An early, the middle and a late layer, as the inputs of layers 2, n/2 and n-3.
-            layers = self.arch.num_layers
-            layer_ids = [1, layers // 2 - 1, layers - 4]
+            layer_ids = guessed_layers(self.arch.num_layers)
         self._capture_outputs_of(layer_ids)
 
     def set_dflash_layers_to_capture(self, layer_ids: Sequence[int]) -> None:

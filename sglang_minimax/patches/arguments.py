@@ -32,6 +32,14 @@ STANDARD_ONLY = {
     "kt_weight_path": "--kt-weight-path",
 }
 
+# Options that change how drafts are made or verified: field -> as the user wrote it.
+SPECULATIVE = {
+    "speculative_use_rejection_sampling": "--speculative-use-rejection-sampling",
+    "speculative_adaptive": "--speculative-adaptive",
+    "enable_multi_layer_eagle": "--enable-multi-layer-eagle",
+    "speculative_draft_window_size": "--speculative-draft-window-size",
+}
+
 Step = Callable[[Any], None]
 
 
@@ -56,14 +64,17 @@ def leave_tf32_to_the_user(server_args: Any, hf_config: Any) -> dict[str, Any]:
 
 
 def register_launch_checks() -> None:
-    """Wrap two steps of SGLang's argument pipeline with our checks."""
+    """Wrap steps of SGLang's argument pipeline with our checks."""
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    from sglang_minimax.patches.drafts import check_draft
 
     register_resolution_hook("handle_model_specific_adjustments")(check_config_first)
     # Before SGLang's own assertions about sizes, and again when backends have had their say:
     # an all-to-all backend sets the expert-parallel size.
     register_resolution_hook("handle_data_parallelism")(check_launch_early)
     register_resolution_hook("handle_moe_kernel_config")(take_the_exchange)
+    register_resolution_hook("handle_speculative_decoding")(check_draft)
     register_resolution_hook("handle_load_format")(check_launch)
 
 
@@ -71,7 +82,7 @@ def check_config_first(server_args: Any, previous: Step) -> None:
     """Read the model's configuration before SGLang decides anything by it."""
     if asked_for_ours(server_args):
         plugin.require_healthy()
-        _architecture_of(server_args)
+        architecture_asked_for(server_args)
         check_files(server_args)
     previous(server_args)
 
@@ -106,7 +117,7 @@ def take_the_exchange(server_args: Any, previous: Step) -> None:
     if asked_for_ours(server_args):
         refuse_unsupported(server_args)
         launch = launch_of(server_args)
-        plan = plan_for(_architecture_of(server_args), launch)
+        plan = plan_for(architecture_asked_for(server_args), launch)
         for line in report.lines(plan, launch):
             logger.info(line)
         if plan.path.is_ours:
@@ -122,7 +133,7 @@ def check_launch(server_args: Any, previous: Step) -> None:
     """Refuse what this model cannot do at the asked topology."""
     if asked_for_ours(server_args):
         refuse_unsupported(server_args)
-        for note in notes(_architecture_of(server_args), launch_of(server_args)):
+        for note in notes(architecture_asked_for(server_args), launch_of(server_args)):
             logger.warning("sglang-minimax: %s", note)
     previous(server_args)
 
@@ -130,7 +141,7 @@ def check_launch(server_args: Any, previous: Step) -> None:
 def refuse_unsupported(server_args: Any) -> None:
     """Raise SystemExit with one sentence for each reason not to start."""
     launch = launch_of(server_args)
-    arch = _architecture_of(server_args)
+    arch = architecture_asked_for(server_args)
     reasons = refusals(arch, launch)
     if not reasons and choice.cpu_platform_chosen():
         reasons = list(cpu_support.refusals(arch, launch))
@@ -169,7 +180,8 @@ def launch_of(server_args: Any) -> Launch:
         enable_two_batch_overlap=cfg.enable_two_batch_overlap,
         enable_single_batch_overlap=cfg.enable_single_batch_overlap,
         ep_redundant=cfg.ep_num_redundant_experts,
-        speculative_algorithm=cfg.speculative_algorithm,
+        speculative_algorithm=(cfg.speculative_algorithm or "").upper() or None,
+        speculative_options=tuple(name for f, name in SPECULATIVE.items() if getattr(cfg, f)),
         quantization=model_config_of(server_args).quantization,
         moe_a2a_backend=backend,
         moe_runner_backend=cfg.moe_runner_backend,
@@ -260,7 +272,8 @@ def _hardware() -> tuple[str | None, int | None]:
     return ("ascend", None) if hasattr(torch, "npu") else (None, None)
 
 
-def _architecture_of(server_args: Any) -> Architecture:
+def architecture_asked_for(server_args: Any) -> Architecture:
+    """The model's architecture. Raises SystemExit, with one sentence, where it is none of ours."""
     from sglang.srt.arg_groups.model_override_base import model_config_of
 
     config = model_config_of(server_args)

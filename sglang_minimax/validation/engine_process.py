@@ -13,7 +13,9 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import random
 import signal
+import socket
 import sys
 import tempfile
 import traceback
@@ -44,6 +46,7 @@ class EngineFailed(RuntimeError):
 class EngineProcess:
     """One SGLang `Engine` with the given arguments, in a process of its own.
 
+    arguments: SGLang's; without `port` each engine gets its own, from which attention DP counts.
     before: called in the child before the engine is built; what it patches is inherited by the
     ranks, which are forked in their turn. Where there is a GPU, which a forked process cannot use,
     child and ranks are spawned: `before` must then be picklable, and does not reach the ranks.
@@ -53,6 +56,7 @@ class EngineProcess:
         self, *, before: Callable[[], None] | None = None, timeout: float = 120.0, **arguments: Any
     ) -> None:
         preload()
+        arguments.setdefault("port", free_port_base())
         self._timeout = timeout
         self._log = tempfile.NamedTemporaryFile(prefix="engine-", suffix=".log")  # noqa: SIM115
         fork = choice.cpu_platform_chosen()
@@ -128,6 +132,29 @@ class EngineProcess:
         if kind == "error":
             raise EngineFailed(f"{what}: {value}", self.log)
         return value
+
+
+def free_port_base() -> int:
+    """A port below the ephemeral ones of which the ports that SGLang counts from it are free.
+
+    With attention DP it listens on a few ports from `port` + 234 on (server_args.PortArgs), and
+    takes 30000 for every engine that names none, so that two of them clash.
+    """
+    drawn = random.Random()  # the caller's seed is the caller's
+    for _ in range(100):
+        base = drawn.randrange(10_000, 32_000, 20)
+        if all(_is_free(base + offset) for offset in range(233, 253)):
+            return base
+    raise EngineFailed("no run of 20 free ports was found from 10233 to 32253")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def preload() -> None:

@@ -93,10 +93,11 @@ def move_accepted(
     """Move the KV rows of accepted nodes to the front of each request's window.
 
     As SGLang's `move_accept_tokens_to_target_kvcache`. accept_index: [batch, depth + 1], rows of
-    the batch's windows, -1 behind the last accepted one.
+    the batch's windows, -1 behind the last accepted one. A window may have fewer slots than that:
+    a tree of few nodes need not reach its depth.
     """
     window = batch.out_cache_loc.view(len(accept_index), -1)
     accepted = accept_index >= 0
-    front = window[:, : accept_index.shape[1]][accepted]
+    front = window[torch.arange(window.shape[1]) < accepted.sum(dim=1, keepdim=True)]
     source = batch.out_cache_loc[accept_index[accepted].long()]
     token_to_kv_pool_allocator.get_kvcache().move_kv_cache(front, source)

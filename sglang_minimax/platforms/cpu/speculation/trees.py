@@ -19,7 +19,7 @@ NONE = -1
 
 
 def parents_of(parent_list: Tensor, chosen: Tensor, topk: int) -> Tensor:
-    """The parent of each drafted node, [batch, nodes - 1] int64, 0 for the root.
+    """The parent of each drafted node, [batch, nodes - 1] int64: 0 for the root, -1 for no parent.
 
     chosen: [batch, nodes - 1], for each drafted node its index among all that were drafted, in
     ascending order. parent_list: [batch, ...], for each group of `topk` drafted together the
@@ -32,18 +32,20 @@ def parents_of(parent_list: Tensor, chosen: Tensor, topk: int) -> Tensor:
     continued = parent_list.long().gather(1, group.clamp(max=parent_list.shape[-1] - 1))
     match = chosen.unsqueeze(1) == continued.unsqueeze(2)  # [batch, node, candidate parent]
     position = match.int().argmax(dim=2) + 1
-    # A continued node that was not chosen leaves its children without a parent; SGLang chooses by
-    # scores that fall along a path, so it does not happen but by a tie: they hang on the root.
-    known = match.any(dim=2) & (group > 0)
-    return torch.where(known, position, 0)
+    # A continued node that was not chosen leaves its children without a parent. Scores never rise
+    # along a path, so it takes a tie, which drafts that are certain make: 1.0 times 1.0.
+    position = torch.where(match.any(dim=2), position, NONE)
+    return torch.where(group > 0, position, 0)
 
 
 def ancestry(parents: Tensor) -> tuple[Tensor, Tensor]:
     """(mask, depth) of trees: who attends whom, [batch, nodes, nodes] bool, and [batch, nodes].
 
-    A node attends itself and the nodes on its way to the root.
+    A node attends itself and the nodes on its way to the root. One without a parent attends the
+    root, as SGLang's kernel has it.
     """
     batch, drafted = parents.shape
+    parents = parents.clamp(min=0)
     nodes = drafted + 1
     mask = torch.eye(nodes, dtype=torch.bool).repeat(batch, 1, 1)
     rows = torch.arange(batch)
@@ -97,11 +99,16 @@ def build_tree(
 
 
 def _link(parents: list[int], first_child: Tensor, next_sibling: Tensor) -> None:
-    """Chain the children of each node of one tree; the earliest drafted comes first."""
+    """Chain the children of each node of one tree; the earliest drafted comes first.
+
+    A node without a parent is nobody's child, so that no walk reaches it: next to the root's
+    children it could repeat one's token, which sampling would then count twice.
+    """
     child, sibling = first_child.tolist(), next_sibling.tolist()
     for node in range(len(parents), 0, -1):
         parent = parents[node - 1]
-        sibling[node], child[parent] = child[parent], node
+        if parent != NONE:
+            sibling[node], child[parent] = child[parent], node
     first_child.copy_(torch.tensor(child))
     next_sibling.copy_(torch.tensor(sibling))
 
@@ -150,17 +157,14 @@ def verify_greedy(
             if not match:
                 break
             path.append(match[0])
-        _accept(request, path, [wanted[node] for node in path], predicts, accept_index)
+        said = [wanted[node] for node in path]
+        _accept(retrieve_index[request, path], said, predicts, accept_index[request])
         accept_token_num[request] = len(path) - 1
     return predicts, accept_index, accept_token_num
 
 
-def _accept(
-    request: int, path: list[int], tokens: list[int], predicts: Tensor, accept_index: Tensor
-) -> None:
-    nodes = len(predicts) // len(accept_index)
-    rows = torch.tensor(path) + request * nodes
-    accept_index[request, : len(path)] = rows.to(accept_index.dtype)
+def _accept(rows: Tensor, tokens: list[int], predicts: Tensor, accept_index: Tensor) -> None:
+    accept_index[: len(rows)] = rows
     predicts[rows] = torch.tensor(tokens, dtype=predicts.dtype)
 
 
@@ -188,7 +192,8 @@ def sample_by_target(
     until the sum exceeds it. If no child is taken, the token comes from what is left of the
     distribution without them. With both thresholds at 1 that is the target's distribution. A
     threshold below 1 accepts a child whose own probability reaches `threshold_single`, or a sum
-    that exceeds `threshold_acc` times the draw. Writes what `verify_greedy` writes.
+    that exceeds `threshold_acc` times the draw, but never one without any. Writes what
+    `verify_greedy` writes.
     """
     for request, (first_child, next_sibling, tokens) in enumerate(
         zip(
@@ -207,7 +212,7 @@ def sample_by_target(
             for child in children(node, first_child, next_sibling):
                 own = float(probs[tokens[child]])
                 seen += own
-                if draw * threshold_acc < seen or own >= threshold_single:
+                if own > 0 and (draw * threshold_acc < seen or own >= threshold_single):
                     taken = child
                     break
                 rejected.append(tokens[child])
@@ -219,7 +224,7 @@ def sample_by_target(
             rejected = []  # at the last node nothing was tried
         final = float(uniform_samples_for_final_sampling[request])
         said.append(drawn(target_probs[request, path[-1]], rejected, final))
-        _accept(request, path, said, predicts, accept_index)
+        _accept(retrive_index[request, path], said, predicts, accept_index[request])
         accept_token_num[request] = len(path) - 1
 
 
@@ -248,11 +253,13 @@ def keep_top_k(probs: Tensor, top_ks: Tensor) -> Tensor:
 
 
 def keep_top_p(probs: Tensor, top_ps: Tensor) -> Tensor:
-    """[rows, vocabulary] probabilities of which each row keeps the fewest that sum to `top_ps`."""
-    ordered, index = probs.sort(dim=-1, descending=True)
-    before = ordered.cumsum(dim=-1) - ordered
-    dropped = before >= top_ps.unsqueeze(-1)
-    dropped[..., 0] = False
+    """[rows, vocabulary] probabilities of which each row keeps the largest, summing to 1.
+
+    A token stays where those before it sum to at most `top_ps`, as in SGLang's sampler in PyTorch,
+    so that a request means the same with and without a draft.
+    """
+    ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+    dropped = ordered.cumsum(dim=-1) - ordered > top_ps.unsqueeze(-1)
     return _scaled(torch.zeros_like(probs).scatter(-1, index, ordered.masked_fill(dropped, 0)))
 
 

@@ -1,0 +1,1 @@
+"""What can be said of a draft model before it runs. No torch, no SGLang."""
