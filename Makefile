@@ -2,13 +2,13 @@
 PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
-EXTRAS  := test,benchmarks,dev
+EXTRAS  := test,accuracy,benchmarks,dev
 STAMP   := $(VENV)/.installed
 MODEL   := sglang_minimax/assets/tiny-m2
 HOST    ?= 127.0.0.1
 PORT    ?= 30000
 
-.PHONY: serve demo test test-all validate lint install clean help
+.PHONY: serve demo test test-all validate accuracy lint install clean help
 
 help:
 	@echo "make serve     a MiniMax-M2 server on http://$(HOST):$(PORT) (PORT=... to change)"
