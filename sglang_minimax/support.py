@@ -44,6 +44,10 @@ class Launch(legality.Sizes):
     speculative_algorithm: str | None = None
     # Further options of speculation, as the user wrote them, that change its algorithm.
     speculative_options: tuple[str, ...] = ()
+    # Steps, branches and verified tokens of a draft tree; None without one.
+    speculative_tree: tuple[int, int, int] | None = None
+    # The lower of the two thresholds for drafted tokens; 1 keeps the model's distribution.
+    accept_threshold: float = 1.0
     quantization: str | None = None
     moe_a2a_backend: str = "none"
     moe_runner_backend: str = "auto"
@@ -92,7 +96,7 @@ def refusals(arch: Architecture, launch: Launch) -> list[str]:
 
 def notes(arch: Architecture, launch: Launch) -> list[str]:
     """What works at a price, to be said once at start-up: one sentence each."""
-    return list(_padding(arch, launch))
+    return [*_padding(arch, launch), *_loose_verification(launch)]
 
 
 def _padding(arch: Architecture, launch: Launch) -> Iterator[str]:
@@ -107,6 +111,15 @@ def _padding(arch: Architecture, launch: Launch) -> Iterator[str]:
         f"whole blocks are dealt and padded to {cut.width} rows a rank: +{more:.1f} % expert "
         f"memory{whole}."
     )
+
+
+def _loose_verification(launch: Launch) -> Iterator[str]:
+    if launch.speculative_algorithm and launch.accept_threshold < 1:
+        yield (
+            f"a --speculative-accept-threshold of {launch.accept_threshold:g} takes drafted tokens "
+            "that the model would not have sampled; replies with a temperature are no longer the "
+            "model's own."
+        )
 
 
 def _sizes(arch: Architecture, launch: Launch) -> Iterator[str]:
@@ -129,6 +142,17 @@ def _speculation(arch: Architecture, launch: Launch) -> Iterator[str]:
             f"{algorithm} reads the outputs of layers that --pp-size {launch.pp} puts on several "
             "stages; use --pp-size 1."
         )
+    if launch.speculative_tree is not None:
+        steps, topk, tokens = launch.speculative_tree
+        # The root, its children, and topk each of the topk that every later step goes on from
+        # (eagle_utils.organize_draft_results takes the best of them).
+        drafted = 1 + topk + (steps - 1) * topk * topk
+        if topk > 1 and tokens > drafted:
+            yield (
+                f"--speculative-num-draft-tokens {tokens} is more than the {drafted} that "
+                f"--speculative-num-steps {steps} with --speculative-eagle-topk {topk} drafts, and "
+                f"would end the server at the first request; use {drafted} or fewer."
+            )
 
 
 def _hidden_states(arch: Architecture, launch: Launch) -> Iterator[str]:

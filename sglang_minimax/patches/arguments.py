@@ -182,6 +182,10 @@ def launch_of(server_args: Any) -> Launch:
         ep_redundant=cfg.ep_num_redundant_experts,
         speculative_algorithm=(cfg.speculative_algorithm or "").upper() or None,
         speculative_options=tuple(name for f, name in SPECULATIVE.items() if getattr(cfg, f)),
+        speculative_tree=_tree(cfg),
+        accept_threshold=min(
+            cfg.speculative_accept_threshold_single, cfg.speculative_accept_threshold_acc
+        ),
         quantization=model_config_of(server_args).quantization,
         moe_a2a_backend=backend,
         moe_runner_backend=cfg.moe_runner_backend,
@@ -238,6 +242,16 @@ def _prefill_graphs(server_args: Any) -> bool:
     graphs = resolving_view(server_args).cuda_graph_config
     asked = (Phase.PREFILL, "backend") in getattr(server_args, "_cuda_graph_config_locked", ())
     return hasattr(graphs, "prefill") and graphs.prefill.backend == Backend.BREAKABLE and not asked
+
+
+def _tree(cfg: Any) -> tuple[int, int, int] | None:
+    """(steps, branches, verified tokens) of a draft tree, None until SGLang has chosen them."""
+    sizes = (
+        cfg.speculative_num_steps,
+        cfg.speculative_eagle_topk,
+        cfg.speculative_num_draft_tokens,
+    )
+    return None if None in sizes else sizes
 
 
 def _standard_only(cfg: Any) -> Iterator[str]:

@@ -354,3 +354,20 @@ def test_the_patch_is_on_sglang_s_reporter() -> None:
         return patched, all(f"self.{name} +=" in source for name in names)
 
     assert forked(facts) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            "--speculative-use-rejection-sampling",
+            "--speculative-use-rejection-sampling needs a GPU",
+        ),
+        ("--speculative-adaptive", "--speculative-adaptive needs a GPU"),
+        ("--enable-multi-layer-eagle", "--enable-multi-layer-eagle needs a GPU"),
+        ("--speculative-draft-window-size 64", "--speculative-draft-window-size needs a GPU"),
+        ("--speculative-algorithm NGRAM", "NGRAM is not supported on the CPU platform; use EAGLE3"),
+    ],
+)
+def test_what_the_cpu_platform_does_not_verify_is_refused(arguments: str, words: str) -> None:
+    assert words in one_sentence(asked(TINY_M2_EAGLE3, *arguments.split()))

@@ -7,13 +7,14 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from sglang_minimax.config import Architecture
 from sglang_minimax.legality import OPTIONS, REDUNDANT
 from sglang_minimax.loading.formats.base import Kernel, Names
 from sglang_minimax.loading.formats.fp8 import blocks
 from sglang_minimax.moe_exchange.supported import Facts
-from sglang_minimax.support import Launch, refusals
+from sglang_minimax.support import Launch, notes, refusals
 
 FP8 = Architecture.from_config(
     {
@@ -148,6 +149,38 @@ def test_pipeline():
     for algorithm in ("EAGLE3", "eagle3", "DFLASH"):
         assert "--pp-size 1" in only(BF16, pp=2, speculative_algorithm=algorithm)
     assert refusals(BF16, Launch(pp=2)) == []
+
+
+def test_no_more_tokens_than_a_tree_drafts():
+    """By SGLang's own choice of the best: one more token is one that torch.topk does not find."""
+    from sglang.srt.speculative.eagle_utils import organize_draft_results as organize
+
+    def chosen(steps: int, topk: int, tokens: int) -> bool:
+        scores = [torch.rand(1, 1 if step == 0 else topk, topk) for step in range(steps)]
+        parents = [torch.zeros(1, topk, dtype=torch.long)] * steps
+        flat = [each.flatten(1).long() for each in scores]
+        try:
+            organize(scores, flat, parents, tokens)
+        except RuntimeError:
+            return False
+        return True
+
+    for steps, topk in ((1, 2), (2, 2), (3, 4)):
+        most = 1 + topk + (steps - 1) * topk**2
+        assert chosen(steps, topk, most)
+        assert not chosen(steps, topk, most + 1)
+        launch = Launch(speculative_algorithm="EAGLE3", speculative_tree=(steps, topk, most))
+        assert refusals(BF16, launch) == []
+        more = {"speculative_tree": (steps, topk, most + 1)}
+        assert f"use {most} or fewer" in only(BF16, speculative_algorithm="EAGLE3", **more)
+    # SGLang itself makes a chain as long as its steps.
+    assert refusals(BF16, Launch(speculative_tree=(3, 1, 9))) == []
+
+
+def test_a_loose_verification_is_said():
+    launch = Launch(speculative_algorithm="EAGLE3", accept_threshold=0.5)
+    assert any("accept-threshold of 0.5" in note for note in notes(BF16, launch))
+    assert notes(BF16, replace(launch, accept_threshold=1.0)) == []
 
 
 def test_overlap_and_formats():
