@@ -16,6 +16,7 @@ help:
 	@echo "make test      all tests of a CPU-only machine"
 	@echo "make test-all  make test, the slow tests, then the shapes again with the trained tiny-m2"
 	@echo "make validate  every topology of ci/topologies.yaml against transformers"
+	@echo "make accuracy  answers of every topology, with drafts, in bf16, with planted mistakes"
 	@echo "make lint      ruff and mypy"
 
 # The version check is first: a venv made by an old Python would only fail later.
@@ -45,6 +46,10 @@ test: $(STAMP) lint
 
 validate: $(STAMP)
 	$(BIN)/sglang-minimax validate $(ARGS)
+
+# Goes on where it was stopped; ARGS=--fresh begins again.
+accuracy: $(STAMP)
+	$(BIN)/python -m benchmarks.bench_accuracy $(ARGS)
 
 # Sure of its answers and far from random, the trained model weighs errors differently.
 test-all: test

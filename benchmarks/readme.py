@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import moe_comm_table, parser_table, prologue_table
+from benchmarks import accuracy_table, moe_comm_table, parser_table, prologue_table
 from benchmarks.common import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 VALIDATION = README.parent / "docs/validation.md"
+ACCURACY = README.parent / "docs/benchmarks-accuracy.md"
 Result = dict[str, Any]
 
 
@@ -215,10 +216,10 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _source(name: str, provenance: Result) -> str:
+def _source(name: str, provenance: Result, root: str = "") -> str:
     return (
         f"\n\n{provenance['date']}, {provenance['machine']}, `{provenance['command']}`, "
-        f"[{name}.json](benchmarks/results/{name}.json)."
+        f"[{name}.json]({root}benchmarks/results/{name}.json)."
     )
 
 
@@ -231,6 +232,24 @@ def with_the_list(text: str) -> str:
     return re.sub(r"<!-- list -->.*?<!-- /list -->", lambda _: block, text, flags=re.DOTALL)
 
 
+def with_the_matrix(text: str) -> str:
+    """docs/benchmarks-accuracy.md with both tables of the matrix between their comments."""
+    data = _read("accuracy_matrix")
+    source = _source("accuracy_matrix", data["provenance"], root="../")
+    shapes = _table(accuracy_table.SHAPES_HEAD, accuracy_table.shapes(data["rows"]))
+    mistakes = _table(accuracy_table.MISTAKES_HEAD, accuracy_table.mistakes(data["rows"]))
+    blocks = {
+        "shapes": f"{shapes}\n\n{accuracy_table.notes(data)}{source}",
+        "mistakes": mistakes + source,
+    }
+    for name, found in blocks.items():
+        block = f"<!-- {name} -->\n{found}\n<!-- /{name} -->"
+        pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
+        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+    return text
+
+
 if __name__ == "__main__":
     README.write_text(rendered(README.read_text()))
     VALIDATION.write_text(with_the_list(VALIDATION.read_text()))
+    ACCURACY.write_text(with_the_matrix(ACCURACY.read_text()))

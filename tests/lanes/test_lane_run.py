@@ -25,7 +25,7 @@ import pytest
 from ci.lane import Exit, LaneError
 from ci.lane import run as runs
 from ci.lane.children import Child
-from ci.lane.files import load
+from ci.lane.files import find, load
 from ci.lane.launch import Node
 from ci.lane.outcome import Outcome, read
 from tests.conftest import remaining
@@ -257,3 +257,14 @@ def test_the_cpu_lane(tmp_path: Path) -> None:
     assert [suite.get("name") for suite in root] == ["cpu-tiny-m2.tp2"]
     assert not [*root.iter("failure"), *root.iter("error")]
     assert "Load weight end" in (out / "tp2/server.log").read_text()
+
+
+@pytest.mark.server
+def test_tool_calls_with_a_draft(tmp_path: Path) -> None:
+    """Whole and streamed, several tokens a step; observed 40 s, most of it SGLang's import."""
+    asked = runs.Asked(find("cpu-tiny-m2-eagle3"), tmp_path / "out", suites=["tools"])
+    outcome = runs.run(asked, lambda: False)
+    (variant,) = outcome.variants
+    assert variant.error is None
+    assert outcome.status == Exit.PASS
+    assert "accept len" in (tmp_path / "out/tp2/server.log").read_text()
