@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +15,9 @@ from typer.testing import CliRunner
 from ci import topology_tables
 from sglang_minimax.cli.main import app
 from sglang_minimax.config import Architecture
-from sglang_minimax.support import Launch, refusals
+from sglang_minimax.drafts.acceptance import Watch
+from sglang_minimax.patches import requests
+from sglang_minimax.support import Launch, notes, refusals
 
 TEXT = topology_tables.PAGE.read_text()
 DOCS = topology_tables.PAGE.parent
@@ -85,6 +89,33 @@ def test_kv_bytes_by_hand() -> None:
     whole = 62 * 2 * 8 * 128 * 2
     assert f"`--tp-size 8 --attn-dp-size 8 --ep-size 8` | 32.40 GB | - | {whole:,} B" in TEXT
     assert f"`--tp-size 8 --ep-size 8` | 28.94 GB | - | {whole // 8:,} B" in TEXT
+
+
+def sentences() -> Iterator[tuple[str, str]]:
+    """(page, a sentence of the code that it quotes)."""
+    arch = Architecture.from_config(PUBLISHED)
+    asked = SimpleNamespace(sampling_params={"min_p": 0.1}, custom_logit_processor=None)
+    with pytest.raises(ValueError, match="min_p") as refused:
+        requests.check_with_draft(asked, "EAGLE3")
+    staged = Launch(pp=2, speculative_algorithm="EAGLE3", quantization="fp8")
+    yield "eagle3", str(refused.value)
+    yield "eagle3", Watch(3).heard(240, 245) or ""
+    yield "eagle3", refusals(arch, staged)[0]
+    yield "quantised", notes(arch, Launch(tp=8, quantization="fp8"))[0]
+    yield "weight-updates", weight_updates_idle()
+
+
+def weight_updates_idle() -> str:
+    source = (DOCS.parent / "sglang_minimax/patches/weight_updates.py").read_text()
+    found = re.search(r'"(requests are still running.*?)"\n\s+"(.*?)"\n', source, re.DOTALL)
+    assert found
+    return found[1] + found[2]
+
+
+def test_the_sentences_are_those_of_the_code() -> None:
+    for page, sentence in sentences():
+        assert len(sentence) > 50
+        assert sentence in (DOCS / f"{page}.md").read_text(), sentence
 
 
 @pytest.mark.parametrize("page", OPERATORS)
