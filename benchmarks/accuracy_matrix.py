@@ -42,10 +42,19 @@ DRAFT: dict[str, Any] = {
 OF_A_DRAFT = ("last_layer_not_captured", "captured_a_layer_early")
 #: Seconds for an engine to start, and to answer everything; with a mistake, `PATIENCE`.
 TIMEOUT = 300.0
-#: What a row keeps of an engine's end: how much, and of which line. Ranks that lose a rank which
-#: ended complain about that, which says nothing.
+#: How much a row keeps of why an engine ended.
 _REASON = 240
-_ERROR = re.compile(r"\b\w+(Error|Exception): (?!.*Connection (closed|reset) by peer).*")
+#: Our own sentence; one of them only points at another.
+_SENTENCE = re.compile(r"^sglang-minimax: (?!.*see the error above)(.+)", re.MULTILINE)
+#: What a rank raises, what it logs before it leaves, and what a C++ library throws. Ranks that lose
+#: a rank which ended complain about that, which says nothing.
+_ERROR = re.compile(
+    r"\b(\w+(?:Error|Exception): (?!.*Connection (?:closed|reset) by peer).*)"
+    r"|(?<=\] )(rank \d+: .*)"
+    r"|^ *what\(\):\s+(?:\[[^]]*\] )?(.*)",
+    re.MULTILINE,
+)
+_NO_ANSWER = re.compile(r"no answer within (\d+ s)")
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,7 @@ def run(cell: Cell, asked: Asked) -> Row:
         with engine(cell, timeout=PATIENCE if cell.mistake else TIMEOUT) as started:
             replies = started.generate_together(asked.requests())
     except EngineFailed as error:
-        row |= {"status": "ends", "reason": _why(error)}
+        row |= {"status": "ends", "reason": why_it_ended(error)}
     else:
         row |= judged(cell, asked, [reply["output_ids"] for reply in replies])
         if cell.has_draft:
@@ -175,7 +184,15 @@ def _prepare(path: str | None, plant: Callable[[], None] | None) -> None:
         plant()
 
 
-def _why(error: EngineFailed) -> str:
-    """The first error in the log, which has a rank's cause before what follows from it."""
-    found = _ERROR.search(error.log)
-    return (found[0] if found else str(error).splitlines()[0])[:_REASON]
+def why_it_ended(error: EngineFailed) -> str:
+    """Our own sentence in the log; else its first error, a rank's cause before what follows it.
+
+    An engine that we stopped because it did not answer `hangs`, whatever it had said before.
+    """
+    first, *_ = str(error).splitlines()
+    hung = _NO_ANSWER.search(first)
+    said = _SENTENCE.search(error.log) or _ERROR.search(error.log)
+    reason = next(filter(None, said.groups())) if said else "" if hung else first
+    if hung:
+        reason = f"hangs, stopped after {hung[1]}" + (f": {reason}" if reason else "")
+    return reason[:_REASON]

@@ -35,9 +35,17 @@ from sglang_minimax.validation.engine_process import preload
 
 LOG = Path("build/accuracy_matrix.jsonl")
 NAME = "accuracy_matrix"
-#: Every ten lines of the set hold each of its kinds, and replies are compared token by token.
-QUESTIONS = 40
+#: So many the committed results have. Every ten lines of the set hold each of its kinds, and
+#: replies are compared token by token.
+QUESTIONS = 20
 BUNDLED_QUESTIONS = 200
+ROOT = Path(__file__).parents[1]
+#: What decides a cell's row beside model, draft and data.
+CODE = (
+    *("sglang_minimax/**/*.py", "jit_kernels/**/*.py", "tests/engine/mistakes*.py"),
+    *(f"benchmarks/accuracy_{name}.py" for name in ("judging", "matrix", "questions")),
+    "ci/topologies.yaml",
+)
 
 
 def main(
@@ -109,7 +117,16 @@ def fingerprints() -> dict[str, str]:
         "data": ARITHMETIC / "test.jsonl",
     }
     hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    return {**hashes, "sglang": common.version("sglang")}
+    return {**hashes, "code": code_sha256(ROOT), "sglang": common.version("sglang")}
+
+
+def code_sha256(root: Path) -> str:
+    """A hash of the files of CODE with their places, so that a log holds rows of one build."""
+    found = hashlib.sha256()
+    for path in sorted({path for pattern in CODE for path in root.glob(pattern)}):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        found.update(f"{path.relative_to(root)} {content}\n".encode())
+    return found.hexdigest()
 
 
 def run(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from sglang_minimax import expert_placement, legality
 from sglang_minimax.config import Architecture
+from sglang_minimax.drafts.config import EAGLE3, REJECTION
 from sglang_minimax.loading.formats.base import Recipe
 from sglang_minimax.moe_exchange import backends, rules
 from sglang_minimax.moe_exchange.supported import UNKNOWN, Facts
@@ -32,7 +33,7 @@ ALSO_CALLED = {
 # Routes by a softmax over the logits inside SGLang's TopK, without sigmoid, bias or our router.
 SOFTMAX_RUNNER = "triton_kernel"
 # Draft algorithms that read residuals captured on one pipeline stage.
-CAPTURING_ALGORITHMS = ("EAGLE3", "DFLASH", "DSPARK")
+CAPTURING_ALGORITHMS = (EAGLE3, "DFLASH", "DSPARK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +42,17 @@ class Launch(legality.Sizes):
 
     enable_two_batch_overlap: bool = False
     enable_single_batch_overlap: bool = False
+    # In capitals, as SGLang has its names.
     speculative_algorithm: str | None = None
     # Further options of speculation, as the user wrote them, that change its algorithm.
     speculative_options: tuple[str, ...] = ()
     # Steps, branches and verified tokens of a draft tree; None without one.
     speculative_tree: tuple[int, int, int] | None = None
-    # The lower of the two thresholds for drafted tokens; 1 keeps the model's distribution.
-    accept_threshold: float = 1.0
+    # For drafted tokens, one by one and along a path; 1 keeps the model's distribution.
+    accept_threshold_single: float = 1.0
+    accept_threshold_acc: float = 1.0
+    # Whether SGLang has a kernel here that verifies drafted tokens of sampled requests.
+    verifies_sampled: bool = True
     quantization: str | None = None
     moe_a2a_backend: str = "none"
     moe_runner_backend: str = "auto"
@@ -96,7 +101,7 @@ def refusals(arch: Architecture, launch: Launch) -> list[str]:
 
 def notes(arch: Architecture, launch: Launch) -> list[str]:
     """What works at a price, to be said once at start-up: one sentence each."""
-    return [*_padding(arch, launch), *_loose_verification(launch)]
+    return [*_padding(arch, launch), *_loose_verification(launch), *_filters_in_turn(launch)]
 
 
 def _padding(arch: Architecture, launch: Launch) -> Iterator[str]:
@@ -114,11 +119,26 @@ def _padding(arch: Architecture, launch: Launch) -> Iterator[str]:
 
 
 def _loose_verification(launch: Launch) -> Iterator[str]:
-    if launch.speculative_algorithm and launch.accept_threshold < 1:
+    thresholds = {"single": launch.accept_threshold_single, "acc": launch.accept_threshold_acc}
+    loose = [
+        f"--speculative-accept-threshold-{name} {value:g}"
+        for name, value in thresholds.items()
+        if value < 1
+    ]
+    if launch.speculative_algorithm and loose:
         yield (
-            f"a --speculative-accept-threshold of {launch.accept_threshold:g} takes drafted tokens "
-            "that the model would not have sampled; replies with a temperature are no longer the "
-            "model's own."
+            f"with {' and '.join(loose)}, drafted tokens are taken that the model would not have "
+            "sampled; replies with a temperature are no longer the model's own."
+        )
+
+
+def _filters_in_turn(launch: Launch) -> Iterator[str]:
+    # eagle_sample renormalises between the two, SGLang's sampler (layers/sampler.py) does not.
+    if launch.speculative_algorithm == EAGLE3:
+        yield (
+            f"with {EAGLE3}, a request with both top_k and top_p has top_p applied to what top_k "
+            "leaves, without a draft to the whole distribution; send one of the two where the "
+            "difference matters."
         )
 
 
@@ -136,12 +156,14 @@ def _context(arch: Architecture, launch: Launch) -> Iterator[str]:
 
 
 def _speculation(arch: Architecture, launch: Launch) -> Iterator[str]:
-    algorithm = (launch.speculative_algorithm or "").upper()
+    algorithm = launch.speculative_algorithm
     if launch.pp > 1 and algorithm in CAPTURING_ALGORITHMS:
         yield (
             f"{algorithm} reads the outputs of layers that --pp-size {launch.pp} puts on several "
             "stages; use --pp-size 1."
         )
+    if algorithm == EAGLE3:
+        yield from _sampled_requests(launch)
     if launch.speculative_tree is not None:
         steps, topk, tokens = launch.speculative_tree
         # The root, its children, and topk each of the topk that every later step goes on from
@@ -153,6 +175,23 @@ def _speculation(arch: Architecture, launch: Launch) -> Iterator[str]:
                 f"--speculative-num-steps {steps} with --speculative-eagle-topk {topk} drafts, and "
                 f"would end the server at the first request; use {drafted} or fewer."
             )
+
+
+def _sampled_requests(launch: Launch) -> Iterator[str]:
+    # eagle_utils._verify_uses_greedy of SGLang 0.5.23, which switches it on for EAGLE alone.
+    if launch.hardware == "rocm" and REJECTION not in launch.speculative_options:
+        yield (
+            f"on ROCm, SGLang would answer every request greedily with {EAGLE3}, whatever its "
+            f"temperature; start with {REJECTION}, which needs --speculative-eagle-topk 1 and a "
+            "draft that knows the whole vocabulary, or without --speculative-algorithm."
+        )
+    if not launch.verifies_sampled:
+        yield (
+            f"the sgl_kernel_npu of this machine cannot verify drafted tokens of {EAGLE3} for "
+            "requests with a temperature, so that the first one would end the server; install one "
+            "that has sample.tree_speculative_sampling_target_only, or start without "
+            "--speculative-algorithm."
+        )
 
 
 def _hidden_states(arch: Architecture, launch: Launch) -> Iterator[str]:

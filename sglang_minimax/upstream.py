@@ -155,6 +155,18 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         target=(
             "sglang.srt.managers.scheduler_components.weight_updater:"
+            "SchedulerWeightUpdaterManager._select_runners"
+        ),
+        replacement="sglang_minimax.patches.weight_updates:leave_drafts_alone",
+        scope=Scope.MODEL,
+        why="an update without a selector loads the target's weights into its Eagle3 draft",
+        how="the draft only where a call names it",
+        upstream=None,
+        exit="when SGLang knows drafts with a checkpoint of their own",
+    ),
+    Patch(
+        target=(
+            "sglang.srt.managers.scheduler_components.weight_updater:"
             "SchedulerWeightUpdaterManager.update_weights_from_tensor"
         ),
         replacement="sglang_minimax.patches.weight_updates:judge_tensors_first",

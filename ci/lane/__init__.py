@@ -26,3 +26,4 @@ class Exit(IntEnum):
     PASS = 0
     FAIL = 1
     COULD_NOT_RUN = 2
+    INTERRUPTED = 130  # as shells have it for Ctrl-C

@@ -18,9 +18,6 @@ from sglang_minimax.errors import MinimaxError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
-#: Status of a run that a signal ended, as shells have it for Ctrl-C.
-INTERRUPTED = 130
-
 
 @app.command("list")
 def list_lanes() -> None:
@@ -73,10 +70,9 @@ def run(
     asked = runs.Asked(found, folder, variant or (), suite or (), node, port, resume)
     with runs.noted_signals() as give_up:
         outcome = runs.run(asked, give_up)
-        status = INTERRUPTED if give_up() else outcome.status
     show.outcome(outcome)
     typer.echo(f"{folder / 'result.json'}  {folder / 'junit.xml'}")
-    raise typer.Exit(status)
+    raise typer.Exit(outcome.status)
 
 
 @app.command()
@@ -84,13 +80,17 @@ def compare(
     before: Annotated[Path, typer.Argument(help="result.json of a run.")],
     after: Annotated[Path, typer.Argument(help="result.json of a later run.")],
 ) -> None:
-    """The drift of each figure; 1 if a threshold that held no longer does."""
+    """How far two runs are apart, and in what; 1 if a threshold that held no longer does."""
     from ci.lane import show
     from ci.lane.compare import compare as compared
+    from ci.lane.compare import differences
     from ci.lane.outcome import read
 
-    found = compared(read(before), read(after))
+    one, other = read(before), read(after)
+    found = compared(one, other)
     show.drifts(found)
+    for sentence in differences(one, other):
+        typer.echo(sentence)
     raise typer.Exit(Exit.FAIL if any(each.is_loss for each in found) else Exit.PASS)
 
 

@@ -71,7 +71,8 @@ def case_of(lane: Lane, variant: str) -> Case:
         environment=lane.environment_of(variant),
         kind=hardware.kind,
         name=hardware.device,
-        capability=hardware.capability,
+        capability=hardware.version,
+        gfx=hardware.gfx,
         count=hardware.per_node,
         nbytes=int(hardware.memory_gb * 1e9),
     )

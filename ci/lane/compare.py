@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ci.lane import LaneError
 from ci.lane.outcome import Judged, Outcome, holds
@@ -72,3 +73,43 @@ def _figures(outcome: Outcome) -> Iterator[tuple[tuple[str, str, str], Judged]]:
         for suite in variant.suites:
             for figure in suite.figures:
                 yield (variant.name, suite.name, figure.name), figure
+
+
+#: Settings that do not decide a figure, and differ from run to run.
+BESIDE_THE_POINT = ("url", "log", "progress")
+
+
+def differences(before: Outcome, after: Outcome) -> list[str]:
+    """What else the runs differ in: model, machine, versions, command lines, settings of suites.
+
+    One sentence each; a figure can only be read with them.
+    """
+    first, second = dict(_facts(before)), dict(_facts(after))
+    return [
+        f"{name}: {first.get(name, 'nothing')} before, {second.get(name, 'nothing')} after."
+        for name in {**first, **second}
+        if first.get(name) != second.get(name)
+    ]
+
+
+def _facts(outcome: Outcome) -> Iterator[tuple[str, Any]]:
+    yield "model", outcome.model
+    yield from _flat("machine", outcome.machine)
+    for variant in outcome.variants:
+        yield f"{variant.name} command", " ".join(_without_port(variant.command))
+        for suite in variant.suites:
+            settings = suite.result.get("settings", {})
+            kept = {k: v for k, v in settings.items() if k not in BESIDE_THE_POINT}
+            yield from _flat(f"{variant.name} {suite.name}", kept)
+
+
+def _flat(name: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        yield f"{name} {key}", value
+
+
+def _without_port(command: list[str]) -> Iterator[str]:
+    """The port is any that is free."""
+    for before, word in zip(["", *command], command, strict=False):
+        if "--port" not in (before, word):
+            yield word

@@ -6,6 +6,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 from ci.lane.outcome import Judged, Outcome, SuiteOutcome, VariantOutcome
+from ci.lane.plain import plain
 
 
 def write(outcome: Outcome, path: Path) -> None:
@@ -26,10 +27,17 @@ def document(outcome: Outcome) -> ET.Element:
             ET.SubElement(_case(suite, outcome.lane, "requirements"), "error", message=sentence)
     for variant in outcome.variants:
         _variant(root, outcome.lane, variant)
+    if not outcome.ended:
+        suite = ET.SubElement(root, "testsuite", name=outcome.lane)
+        ET.SubElement(_case(suite, outcome.lane, "run"), "error", message="it has not ended.")
     for suite in root:
         for kind, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
             suite.set(kind, str(len(suite.findall(f"testcase/{tag}"))))
         suite.set("tests", str(len(suite.findall("testcase"))))
+    for each in root.iter():
+        each.text = plain(each.text) if each.text else None
+        for name, value in each.attrib.items():
+            each.set(name, plain(value))
     return root
 
 

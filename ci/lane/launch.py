@@ -64,7 +64,7 @@ def arguments_to_check(lane: Lane, variant: str) -> list[str]:
 
 
 def config_folder(model: Model) -> Path:
-    """The folder that `check` reads: its config.json is the published one."""
+    """The folder that `check` reads: its config.json has the published values."""
     return ASSETS / model.name if model.bundled else CONFIGS / (model.config or "")
 
 

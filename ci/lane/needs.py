@@ -2,100 +2,120 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
-import json
 import os
+import re
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ci.lane import suites
+from ci.lane import hub, suites
 from ci.lane.launch import Node, weights
+from ci.lane.machine import Device, Devices
 from ci.lane.schema import Hardware, Lane, Model
-
-#: Seconds to ask for devices, or for the hub.
-PATIENCE = 120.0
-HUB_PATIENCE = 10.0
-
-# In a process of its own: asking for names would leave a context on the first device.
-_DEVICES = """
-import json, torch
-kind = None
-if torch.cuda.is_available():
-    kind = "rocm" if torch.version.hip is not None else "cuda"
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-elif hasattr(torch, "npu") and torch.npu.is_available():
-    kind, names = "npu", [torch.npu.get_device_name(i) for i in range(torch.npu.device_count())]
-print(json.dumps({"kind": kind, "names": names if kind else []}))
-"""
+from sglang_minimax.accuracy import gsm8k_data
+from sglang_minimax.errors import MinimaxError
 
 
-def missing(lane: Lane, chosen: list[str], node: Node, port: int | None) -> list[str]:
+def missing(
+    lane: Lane, chosen: list[str], node: Node, port: int | None, devices: Devices
+) -> list[str]:
     """Every reason why the lane could not run here.
 
     chosen: its suites that are to run, which they do on node 0. port: of the server, None for any.
+    devices: of this machine.
     """
+    chosen = [] if node.rank else chosen
     return [
-        *_devices(lane.hardware),
+        *_devices(lane.hardware, devices),
         *_model(lane.model, "model"),
         *(_model(lane.draft, "draft") if lane.draft else ()),
-        *_packages(lane, [] if node.rank else chosen),
+        *_packages(lane, chosen),
+        *dict.fromkeys(said for suite in chosen for said in _data(lane, suite)),
         *_places(lane, node, port),
     ]
 
 
-def devices() -> tuple[str | None, list[str]]:
-    """(kind, names) of this machine's devices; None and nothing on one without."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", _DEVICES], capture_output=True, text=True, timeout=PATIENCE
-        )
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-    except (subprocess.TimeoutExpired, ValueError, IndexError):
-        return None, []
-    return found["kind"], found["names"]
-
-
-def _devices(wanted: Hardware) -> Iterator[str]:
+def _devices(wanted: Hardware, found: Devices) -> Iterator[str]:
     if wanted.kind == "cpu":
         return
-    kind, names = devices()
-    here = f"{len(names)} of {kind}" if kind else "none"
-    if kind != wanted.kind or len(names) < wanted.per_node:
+    here = f"{len(found.devices)} of {found.kind}" if found.kind else "none"
+    if found.kind != wanted.kind or len(found.devices) < wanted.per_node:
         yield f"the lane needs {wanted.per_node} {wanted.kind} devices a node; here are {here}."
-    elif others := sorted({name for name in names if wanted.device not in name}):
-        yield f"the lane is for {wanted.device}; here is {', '.join(others)}."
+        return
+    for said in dict.fromkeys(_unlike(wanted, device) for device in found.devices):
+        if said is not None:
+            yield said
+
+
+def _unlike(wanted: Hardware, device: Device) -> str | None:
+    """Why a device is not the lane's, None where it is."""
+    names = [wanted.device, *wanted.also]
+    if not any(is_called(name, device.name) for name in names):
+        return f"the lane is for {' or '.join(names)}; here is {device.name}."
+    if wanted.capability is not None and device.version != wanted.capability:
+        return (
+            f"the lane is for compute capability {wanted.capability / 10}; {device.name} has "
+            f"{'none' if device.version is None else device.version / 10}."
+        )
+    if wanted.gfx is not None and device.gfx != wanted.gfx:
+        return f"the lane is for {wanted.gfx}; {device.name} is {device.gfx}."
+    if device.nbytes < wanted.memory_gb * 1e9:
+        return (
+            f"the lane counts on {wanted.memory_gb:g} GB a device; {device.name} has "
+            f"{device.nbytes / 1e9:.0f} GB here."
+        )
+    return None
+
+
+def is_called(wanted: str, name: str) -> bool:
+    """Whether a driver's name has the wanted one as a word.
+
+    >>> is_called("H200", "NVIDIA H200 NVL"), is_called("H200", "NVIDIA GH200 480GB")
+    (True, False)
+    """
+    pattern = rf"(?<![A-Za-z0-9]){re.escape(wanted)}(?![A-Za-z0-9])"
+    return re.search(pattern, name, re.IGNORECASE) is not None
 
 
 def _model(model: Model, what: str) -> Iterator[str]:
     where = weights(model)
-    folder = Path(where)
-    from_override = model.override is not None and os.environ.get(model.override)
-    if model.bundled or from_override:
-        if not (folder / "config.json").is_file():
-            said = f"{model.override}={where}" if from_override else where
-            yield f"the {what} folder {said} has no config.json; give a checkpoint folder."
-    elif reason := _hub_refuses(where):
+    named = model.override if model.override and os.environ.get(model.override) else None
+    if model.bundled or named:
+        if why := hub.folder_obstacle(Path(where)):
+            said = f"{named}={where}" if named else where
+            yield f"the {what} folder {said} cannot be served: {why}; give a checkpoint folder."
+    elif why := hub.model_obstacle(where):
         local = f"; set {model.override} to a local folder" if model.override else ""
-        yield f"the {what} {where} is not in the hub's cache, and {reason}{local}."
+        yield f"the {what} {where} {why}{local}."
 
 
-def _hub_refuses(name: str) -> str | None:
-    """Why a model cannot be had from the hub, as a clause; None where it can."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return None
+def _data(lane: Lane, suite: str) -> Iterator[str]:
+    """The questions that a suite asks."""
+    settings = suites.settings_here(lane, suite)
+    data, shots = settings.get("data"), settings.get("shots", 5 if suite == "gsm8k" else 0)
+    if data is None:
+        return
     try:
-        HfApi().model_info(name, timeout=HUB_PATIENCE)
-    except Exception as error:  # whatever the network and the hub can come up with
-        return f"the hub does not give it ({type(error).__name__})"
-    return None
+        splits = gsm8k_data.load(data, shots)
+    except MinimaxError as error:
+        yield f"the suite {suite} cannot ask: {error}"
+        return
+    if splits is None and (why := hub.data_obstacle(data)):
+        yield (
+            f"the questions {data} {why}; set {suites.DATA} to a folder with test.jsonl and "
+            "train.jsonl."
+        )
 
 
 def _packages(lane: Lane, chosen: list[str]) -> Iterator[str]:
+    if not any(importlib.metadata.distributions(name="sglang-minimax")):
+        yield (
+            "sglang-minimax is not installed, so that SGLang would not load it; run "
+            f"`{sys.executable} -m pip install -e .` in the checkout."
+        )
     for package in lane.hardware.packages:
         if importlib.util.find_spec(package) is None:
             yield f"the lane needs the Python package {package}, which is not installed."

@@ -13,7 +13,7 @@ from ci.lane.schema import Figure, Suite
 
 #: `reported` has no threshold; `absent` has one, and the suite did not come to a number.
 Verdict = Literal["held", "missed", "reported", "absent"]
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,11 @@ def judged(name: str, suite: Suite, result: Mapping[str, Any]) -> SuiteOutcome:
 
 @dataclass
 class VariantOutcome:
-    """One launch. error: why it did not start, or ended early. stages: seconds since the start."""
+    """One launch on one node.
+
+    node: suites are run on node 0 alone. error: why it did not start, or ended early. interrupted:
+    by a signal. stages: seconds since the start.
+    """
 
     name: str
     command: list[str] = field(default_factory=list)
@@ -90,16 +94,23 @@ class VariantOutcome:
     error: str | None = None
     interrupted: bool = False
     stages: dict[str, float] = field(default_factory=dict)
+    node: int = 0
 
     @property
     def passed(self) -> bool:
-        """Whether it started and every suite passed."""
-        return self.error is None and all(suite.passed for suite in self.suites)
+        """Whether it started and every suite passed; on node 0 nothing asked is nothing passed."""
+        if self.error is not None or (self.node == 0 and not self.suites):
+            return False
+        return all(suite.passed for suite in self.suites)
 
 
 @dataclass
 class Outcome:
-    """A lane's run. missing: what the machine lacks, in sentences; then nothing was started."""
+    """A lane's run.
+
+    missing: what the machine lacks, in sentences; then nothing was started. ended: False while it
+    lasts, and for ever if it was killed.
+    """
 
     lane: str
     about: str
@@ -108,18 +119,28 @@ class Outcome:
     machine: dict[str, Any]
     missing: list[str] = field(default_factory=list)
     variants: list[VariantOutcome] = field(default_factory=list)
+    ended: bool = False
 
     @property
     def status(self) -> Exit:
         """How the run ends."""
         if self.missing:
             return Exit.COULD_NOT_RUN
-        return Exit.PASS if all(each.passed for each in self.variants) else Exit.FAIL
+        if any(each.interrupted for each in self.variants):
+            return Exit.INTERRUPTED
+        passed = self.ended and self.variants and all(each.passed for each in self.variants)
+        return Exit.PASS if passed else Exit.FAIL
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values; `read` reads them."""
-        status = {Exit.PASS: "pass", Exit.FAIL: "fail", Exit.COULD_NOT_RUN: "could not run"}
-        return {"format": FORMAT, "status": status[self.status], **asdict(self)}
+        return {"format": FORMAT, "status": self.words, **asdict(self)}
+
+    @property
+    def words(self) -> str:
+        """`pass`, `fail`, `could not run`, `interrupted`, or `not ended`."""
+        if not self.ended:
+            return "not ended"
+        return self.status.name.lower().replace("_", " ")
 
     def write(self, path: Path) -> None:
         """Write as JSON, in whole or not at all."""

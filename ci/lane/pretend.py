@@ -38,13 +38,14 @@ SIZES = ("tp_size", "pp_size", "dp_size", "attn_dp_size", "ep_size")
 
 @dataclass(frozen=True)
 class Case:
-    """One launch. kind, name, capability, count, nbytes: of the devices of a node."""
+    """One launch. kind, name, capability, gfx, count, nbytes: of the devices of a node."""
 
     arguments: list[str]
     environment: dict[str, str]
     kind: str
     name: str
     capability: int | None
+    gfx: str | None
     count: int
     nbytes: int
 
@@ -158,10 +159,13 @@ def pretend(case: Case) -> None:
     import torch
     from sglang.srt.utils import common
 
-    major, minor = divmod(case.capability or 94, 10)
+    assert case.capability is not None  # the schema demands it of CUDA and ROCm devices
+    major, minor = divmod(case.capability, 10)
     properties = types.SimpleNamespace(
         name=case.name, total_memory=case.nbytes, major=major, minor=minor, uuid=""
     )
+    if case.gfx is not None:
+        properties.gcnArchName = case.gfx
     answers: Mapping[str, Any] = {
         "is_available": True,
         "device_count": case.count,

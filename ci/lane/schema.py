@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from ci.lane.figures import NAMES
 from sglang_minimax.accuracy.settings import Gsm8kSettings, ServingSettings, ToolSettings
 from sglang_minimax.errors import MinimaxError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 Said = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 Options = dict[str, bool | int | float | str | list[str | int] | dict[str, Any]]
-SuiteName = Literal["validate", "gsm8k", "tools", "serving"]
+SuiteName = Literal["gsm8k", "tools", "serving"]
 
 #: Options that the runner sets itself, and from what.
 TAKEN = {
@@ -29,6 +30,8 @@ TAKEN = {
     "dist-init-addr": "`run --dist-init-addr`",
     "speculative-draft-model-path": "draft",
 }
+#: Options that hold a secret. Command lines stand in results, and the server listens on loopback.
+SECRET = ("api-key", "admin-api-key", "ssl-keyfile-password")
 #: Settings of suites that the runner sets itself.
 OURS = ("url", "log", "progress", "api_key")
 
@@ -42,14 +45,17 @@ class Strict(BaseModel):
 class Hardware(Strict):
     """Where a lane runs.
 
-    device: the marketing name, which the name of the driver contains. capability: compute
-    capability times ten, of CUDA devices. memory_gb: of each device, in units of 10**9 bytes.
-    packages: Python packages that the arguments or the environment need.
+    device: the marketing name, a whole word of the driver's own name. also: others that will do.
+    capability: compute capability times ten, of CUDA devices. gfx: the architecture of ROCm
+    devices, such as gfx942. memory_gb: of each device, in units of 10**9 bytes. packages: Python
+    packages that the arguments or the environment need.
     """
 
     kind: Literal["cpu", "cuda", "rocm", "npu"]
     device: Said
+    also: list[Said] = Field(default_factory=list)
     capability: int | None = None
+    gfx: Annotated[str, StringConstraints(pattern=r"^gfx\d{2}[0-9a-f]$")] | None = None
     per_node: int = Field(ge=1)
     nodes: int = Field(default=1, ge=1)
     memory_gb: float = Field(gt=0)
@@ -59,7 +65,14 @@ class Hardware(Strict):
     def _check(self) -> Self:
         if (self.kind == "cuda") != (self.capability is not None):
             raise ValueError("capability is for CUDA devices, and they need it")
+        if (self.kind == "rocm") != (self.gfx is not None):
+            raise ValueError("gfx is for ROCm devices, and they need it")
         return self
+
+    @property
+    def version(self) -> int | None:
+        """What torch.cuda.get_device_capability says, times ten; gfx942 is 94. None for others."""
+        return self.capability if self.gfx is None else int(self.gfx[3:5])
 
 
 class Model(Strict):
@@ -164,6 +177,13 @@ class Lane(Strict):
                 settings_of(name, suite.settings)
             except (MinimaxError, ValueError) as error:
                 raise ValueError(f"suites.{name}.settings: {error}") from error
+            for figure in suite.figures:
+                if figure not in NAMES[name]:
+                    there = ", ".join(sorted(NAMES[name]))
+                    raise ValueError(
+                        f"suites.{name}.figures.{figure}: the suite has no such figure; "
+                        f"it has {there}"
+                    )
         return self
 
     def options_of(self, variant: str) -> Options:
@@ -175,13 +195,7 @@ class Lane(Strict):
         return {**self.environment, **self.variants[variant].environment}
 
 
-class ValidateSettings(Strict):
-    """A run of `sglang-minimax validate` on the lane's own checkpoint, before the server."""
-
-    topology: Said
-
-
-Settings = Gsm8kSettings | ToolSettings | ServingSettings | ValidateSettings
+Settings = Gsm8kSettings | ToolSettings | ServingSettings
 _CLASSES: Mapping[str, Any] = {
     "gsm8k": Gsm8kSettings,
     "tools": ToolSettings,
@@ -194,8 +208,6 @@ def settings_of(suite: str, values: Mapping[str, Any], **ours: Any) -> Settings:
 
     Raises MinimaxError or ValueError in one sentence.
     """
-    if suite == "validate":
-        return ValidateSettings.model_validate(values)
     made = _CLASSES[suite]
     known = {each.name for each in fields(made)}
     if mine := sorted(set(values) & set(OURS)):
@@ -224,6 +236,11 @@ def _check_options(where: str, options: Options) -> None:
     for option in options:
         if option in TAKEN:
             raise ValueError(f"{where}.{option}: this is set by {TAKEN[option]}; leave it out")
+        if option in SECRET:
+            raise ValueError(
+                f"{where}.{option}: a secret would stand in every result, and the server "
+                "listens on loopback; leave it out"
+            )
         if option.startswith("-") or "_" in option:
             name = option.strip("-").replace("_", "-")
             raise ValueError(f"{where}.{option}: write {name}, without dashes in front")

@@ -106,7 +106,7 @@ def outcome(found: Outcome) -> None:
         for suite in variant.suites:
             if suite.error:
                 typer.echo(f"{variant.name} {suite.name}: {suite.error}")
-    typer.echo(f"{found.lane}: {found.as_dict()['status']}")
+    typer.echo(f"{found.lane}: {found.words}")
 
 
 def _figures(found: Outcome) -> Iterator[tuple[str, str, Judged]]:

@@ -15,14 +15,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from ci.lane.children import Child
-from ci.lane.launch import weights
+from ci.lane.machine import ROOT
 from ci.lane.outcome import SuiteOutcome, judged
+from ci.lane.plain import lines_of
 from ci.lane.schema import Lane, Suite, settings_of
-from ci.lane.watch import LAST_LINES, lines_of, sentence_of
+from ci.lane.watch import LAST_LINES, sentence_of
+from sglang_minimax.children import Child
 from sglang_minimax.errors import MinimaxError
 
-ROOT = Path(__file__).parents[2]
+#: Environment variable with a local folder that stands in for a data set of the hub.
+DATA = "GSM8K_PATH"
 #: What a suite imports beyond what the package needs, and the extra that has it.
 PACKAGES = {"gsm8k": ("lm_eval", "accuracy")}
 
@@ -45,10 +47,19 @@ def missing(suite: str) -> str | None:
     return None
 
 
+def settings_here(lane: Lane, name: str) -> dict[str, Any]:
+    """A suite's settings, its data set of the hub replaced by the folder that DATA names."""
+    settings = dict(lane.suites[name].settings)  # type: ignore[index]
+    local = os.environ.get(DATA)
+    if local and "/" in str(settings.get("data", "")):
+        settings["data"] = local
+    return settings
+
+
 def run(
-    lane: Lane, name: str, url: str | None, folder: Path, give_up: Callable[[], bool]
+    lane: Lane, variant: str, name: str, url: str, folder: Path, give_up: Callable[[], bool]
 ) -> SuiteOutcome:
-    """Run a suite of a lane against the server at `url`, and judge its figures.
+    """Run a suite of a lane against the server of a variant at `url`, and judge its figures.
 
     folder: for its logs. It is ended, with all that it started, after its limit, or when
     `give_up` says so.
@@ -59,9 +70,8 @@ def run(
     ours = {"url": url, "log": str(folder / f"{name}.{suffix}"), "progress": True}
     request = {
         "suite": name,
-        "settings": suite.settings,
+        "settings": settings_here(lane, name),
         "ours": ours,
-        "model": weights(lane.model),
     }
     with tempfile.TemporaryDirectory(prefix="lane-") as here:
         asked, out = Path(here) / "request.json", Path(here) / "answer.json"
@@ -69,7 +79,7 @@ def run(
         said = folder / f"{name}.log"
         with said.open("wb") as log:
             command = [sys.executable, "-m", "ci.lane.suites", str(asked), str(out)]
-            child = Child(command, _environment(lane), log)
+            child = Child(command, _environment(lane, variant), log)
             limit = 60 * suite.limit_minutes
             status = child.run(limit, give_up)
         answer = json.loads(out.read_text()) if out.is_file() else {}
@@ -86,10 +96,10 @@ def run(
     return SuiteOutcome(name, error=f"it ended with status {status}: {why}")
 
 
-def _environment(lane: Lane) -> dict[str, str]:
-    """The lane's, and a path on which a suite finds this package from wherever it is started."""
+def _environment(lane: Lane, variant: str) -> dict[str, str]:
+    """The variant's, and a path on which a suite finds this package from wherever it is started."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**lane.environment, "PYTHONPATH": path}
+    return {**lane.environment_of(variant), "PYTHONPATH": path}
 
 
 # --- in the process ---
@@ -109,8 +119,6 @@ def main(request: Path, out: Path) -> int:
 def _run(asked: Mapping[str, Any]) -> Found:
     name = asked["suite"]
     ours = {**asked["ours"], "log": Path(asked["ours"]["log"])}
-    if name == "validate":
-        return _validated(settings_of(name, asked["settings"]), asked["model"])
     from sglang_minimax import accuracy
 
     settings: Any = settings_of(name, asked["settings"], **ours)
@@ -120,34 +128,6 @@ def _run(asked: Mapping[str, Any]) -> Found:
         "serving": accuracy.run_bench_serving,
     }
     return suites[name](settings)
-
-
-class _Validated:
-    """Whether the shape computes the same model, as a figure: 1 or 0."""
-
-    def __init__(self, report: list[dict[str, Any]]) -> None:
-        self._report = report
-
-    def as_dict(self) -> dict[str, Any]:
-        agrees = all(each["status"] == "ok" for each in self._report)
-        return {
-            "suite": "validate",
-            "settings": {},
-            "figures": {"agrees": float(agrees)},
-            "report": self._report,
-        }
-
-
-def _validated(settings: Any, model: str) -> _Validated:
-    import contextlib
-    import io
-
-    from sglang_minimax.cli.validate import validate
-
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        validate(settings.topology, Path(model), None, True, 300.0)
-    return _Validated(json.loads(said.getvalue()))
 
 
 if __name__ == "__main__":

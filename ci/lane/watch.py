@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,8 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from ci.lane.plain import lines_of
 
 #: Stages of a start, in order, each by what SGLang or the plugin prints first in it.
 STAGES = (
@@ -58,13 +59,6 @@ def after(line: str, now: Progressed) -> Progressed:
     if found and now.words == "loading weights":
         return Progressed(now.stage, int(found[1] or found[2]) / 100)
     return now
-
-
-def lines_of(text: str) -> Iterator[str]:
-    """Lines as a terminal would show them: a bar rewrites its own with carriage returns."""
-    for line in re.split(r"[\r\n]+", text):
-        if line.strip():
-            yield line.rstrip()
 
 
 def sentence_of(log: str) -> str | None:
@@ -126,12 +120,19 @@ class Watch:
             self._bar.update(
                 self._task, description=self._text(), total=total, completed=share or 0
             )
-        elif self._now.stage != before.stage:
+        elif self._now.stage != before.stage or _tenths(self._now) > _tenths(before):
             self._say()
 
     def _text(self) -> str:
-        return f"{self._title}: {self._now.words}"
+        tenths = _tenths(self._now)
+        share = f" {10 * tenths} %" if tenths and self._bar is None else ""
+        return f"{self._title}: {self._now.words}{share}"
 
     def _say(self) -> None:
         seconds = time.monotonic() - self._begin
         self._console.print(f"{self._text()} ({seconds:.0f} s)", markup=False)
+
+
+def _tenths(now: Progressed) -> int:
+    """Whole tenths of the weights: off a terminal each is a line."""
+    return int(10 * (now.share or 0) + 1e-9)

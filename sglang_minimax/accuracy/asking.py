@@ -102,14 +102,31 @@ def _sentence(failures: Sequence[Exception], asked: int, settings: Settings) -> 
 
 @contextmanager
 def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; yields what moves it on."""
+    """A bar on stderr, off a terminal a line for each tenth; yields what moves it on."""
     if not shown:
         yield lambda count: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(total, console.print).advance
+        return
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True))
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total)
         yield lambda count: progress.advance(task, count)
+
+
+class _Lines:
+    """Progress as lines in a log: one for each tenth of `total`."""
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        self._total, self._say, self._done = total, say, 0
+
+    def advance(self, count: int) -> None:
+        """So many more are done."""
+        before, self._done = 10 * self._done // self._total, self._done + count
+        if 10 * self._done // self._total > before:
+            self._say(f"{self._done} of {self._total}")

@@ -10,6 +10,7 @@ import httpx
 
 from sglang_minimax import ARCHITECTURE
 from sglang_minimax.accuracy.errors import AccuracyError
+from sglang_minimax.accuracy.proxies import is_loopback
 from sglang_minimax.accuracy.settings import TOKEN_BUDGET, Settings
 from sglang_minimax.parsers.markup import THINK_CLOSE, THINK_OPEN
 
@@ -60,7 +61,8 @@ def look(settings: Settings) -> Server:
     """Ask a server what it is. Raises AccuracyError where nothing that fits answers."""
     url = settings.url.rstrip("/").removesuffix("/v1")
     key = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
-    with httpx.Client(base_url=url, headers=key, timeout=LOOK) as client:
+    trust_env = not is_loopback(url)
+    with httpx.Client(base_url=url, headers=key, timeout=LOOK, trust_env=trust_env) as client:
         models = _json(client, "/v1/models", required=True)
         listed = [each for each in models.get("data", []) if isinstance(each, dict)]
         if not listed:
@@ -127,13 +129,14 @@ class Asker:
     """
 
     def __init__(self, server: Server, settings: Settings) -> None:
-        from openai import OpenAI
+        from openai import DefaultHttpxClient, OpenAI
 
         self._client = OpenAI(
             base_url=f"{server.url}/v1",
             api_key=settings.api_key or "none",
             max_retries=settings.retries,
             timeout=settings.timeout,
+            http_client=DefaultHttpxClient(trust_env=not is_loopback(server.url)),
         )
         self._options: dict[str, Any] = {
             "model": server.model,

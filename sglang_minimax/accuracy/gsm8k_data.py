@@ -46,6 +46,7 @@ def load(data: str, shots: int) -> dict[str, list[Row]] | None:
         )
     splits = {"test": rows(test), "train": rows(train) if shots else []}
     check_shots(len(splits["train"]), shots, str(train))
+    _check_apart(splits, str(train))
     return splits
 
 
@@ -53,6 +54,20 @@ def check_shots(available: int, shots: int, where: str) -> None:
     """Raise AccuracyError where there are fewer examples than shots."""
     if available < shots:
         raise AccuracyError(f"{where} has {available} examples; ask with so many shots or fewer.")
+
+
+def _check_apart(splits: dict[str, list[Row]], where: str) -> None:
+    """Raise AccuracyError where an example is a question too: a shot would show its answer."""
+    examples = {_texts(row) for row in splits["train"]}
+    if both := sum(_texts(row) in examples for row in splits["test"]):
+        raise AccuracyError(
+            f"{where} holds {both} of the questions with their answers, which shots would show; "
+            "take them out, or ask without shots."
+        )
+
+
+def _texts(row: Row) -> tuple[str, ...]:
+    return tuple(row[key] for key in KEYS)
 
 
 def rows(path: Path) -> list[Row]:

@@ -11,6 +11,9 @@ from typing import Any
 #: Two-sided 95 % quantile of the normal distribution.
 Z_95 = 1.959963984540054
 
+#: Settings that are no path, whatever they begin with.
+_TEXTS = frozenset({"prompt"})
+
 
 def wilson(right: int, asked: int, z: float = Z_95) -> tuple[float, float]:
     """Wilson's score interval of a share: (low, high), each 0 to 1.
@@ -85,12 +88,12 @@ class Result:
         return shares | {k: float(v) for k, v in self.figures.items() if v is not None}
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON values."""
+        """Everything, as JSON values; no path of this machine beyond the working folder."""
         return {
             "suite": self.suite,
             "date": self.date,
-            "settings": self.settings,
-            "server": self.server,
+            "settings": _portable(self.settings),
+            "server": _portable(self.server),
             "scores": {name: score.as_dict() for name, score in self.scores.items()},
             "figures": self.figures,
         }
@@ -101,3 +104,15 @@ class Result:
         beside = path.with_name(f".{path.name}.part")
         beside.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
         beside.replace(path)
+
+
+def _portable(value: Any) -> Any:
+    """The same, with each path as it is seen from the working folder, or else its last name."""
+    if isinstance(value, dict):
+        return {k: each if k in _TEXTS else _portable(each) for k, each in value.items()}
+    if isinstance(value, list):
+        return [_portable(each) for each in value]
+    if not isinstance(value, str) or not Path(value).is_absolute():
+        return value
+    path, here = Path(value), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else path.name

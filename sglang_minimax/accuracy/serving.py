@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,8 +14,10 @@ from typing import IO, Any
 from sglang_minimax.accuracy import gsm8k_data
 from sglang_minimax.accuracy.endpoint import look
 from sglang_minimax.accuracy.errors import AccuracyError, RequestsFailed
+from sglang_minimax.accuracy.proxies import without_proxy
 from sglang_minimax.accuracy.results import Result
 from sglang_minimax.accuracy.settings import ServingSettings, Settings
+from sglang_minimax.children import Child
 
 SUITE = "bench_serving"
 MODULE = "sglang.benchmark.serving"
@@ -45,7 +44,7 @@ def run(settings: ServingSettings) -> Result:
         questions = _questions(settings, Path(folder) / "questions.jsonl")
         command = arguments(settings, server.url, server.model, output, questions)
         with _log(settings.log) as log:
-            _run(command, log, settings.limit_s)
+            _run(command, server.url, log, settings.limit_s)
         found = _read(output)
     completed = int(found.get("completed") or 0)
     if completed < settings.prompts:
@@ -127,29 +126,15 @@ def _log(path: Path | None) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _run(command: list[str], log: IO[bytes], limit_s: float) -> None:
+def _run(command: list[str], url: str, log: IO[bytes], limit_s: float) -> None:
     """Run to the end. Raises AccuracyError for an error or too long a time; nothing is left."""
     # What it needs lies on this machine or comes from the server: nothing is downloaded.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        status = process.wait(limit_s)
-    except subprocess.TimeoutExpired:
+    environment = {"HF_HUB_OFFLINE": "1", **without_proxy(url)}
+    status = Child(command, environment, log).run(limit_s)
+    if status is None:
         raise AccuracyError(
             f"{MODULE} took more than {limit_s:g} s and was stopped; ask for less or set limit_s."
-        ) from None
-    finally:
-        # It leads a session, so what it started is found even after it has gone.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        )
     if status:
         log.seek(0)
         lines = log.read().decode(errors="replace").strip().splitlines()

@@ -111,10 +111,12 @@ class ToolSettings(Settings):
     """A run of the tool-call suite: each case is asked whole and streamed.
 
     cases: a JSONL file of `{"messages", "tools", "expected": [{"name", "arguments"}]}`, and
-    optionally `"answer"`, the text that the reply's content has to end in.
+    optionally `"answer"`, the text that the reply's content has to end in. calls_only: leave out
+    the cases that have an `answer`, before `limit` counts: the bundled ones fit tiny-m2 alone.
     """
 
     cases: str = str(TOOL_CALLS)
+    calls_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

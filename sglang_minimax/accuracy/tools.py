@@ -27,7 +27,7 @@ SCORES = ("well-formed", "correct", "streamed-well-formed", "streamed-correct", 
 def run(settings: ToolSettings) -> Result:
     """Ask what the log does not hold yet; see `sglang_minimax.accuracy.run_tools`."""
     path = Path(settings.cases)
-    cases = load(path)[: settings.limit]
+    cases = chosen(load(path), settings)
     server = look(settings)
     _check_parser(server)
     settings = replace(settings, model=server.model, max_tokens=server.budget(settings.max_tokens))
@@ -58,6 +58,17 @@ def run(settings: ToolSettings) -> Result:
         scores=counted(entries),
         figures=figures,
     )
+
+
+def chosen(cases: Sequence[Case], settings: ToolSettings) -> list[Case]:
+    """The cases that are asked. Raises AccuracyError where `calls_only` leaves none."""
+    found = [case for case in cases if case.answer is None or not settings.calls_only]
+    if not found:
+        raise AccuracyError(
+            f"every case of {settings.cases} has an 'answer', and those are left out; give other "
+            "cases, or ask for all of them."
+        )
+    return found[: settings.limit]
 
 
 def _check_parser(server: Server) -> None:

@@ -127,6 +127,13 @@ def tools(
     cases: Annotated[
         Path | None, typer.Option(help="JSONL file of cases; the bundled ones without.")
     ] = None,
+    calls_only: Annotated[
+        bool,
+        typer.Option(
+            "--calls-only",
+            help="Leave out cases with an `answer`; for other models than tiny-m2.",
+        ),
+    ] = False,
     model: Model = None,
     limit: Limit = None,
     parallel: Parallel = 32,
@@ -150,6 +157,7 @@ def tools(
             ToolSettings(
                 url=url,
                 cases=str(cases or TOOL_CALLS),
+                calls_only=calls_only,
                 model=model,
                 limit=limit,
                 parallel=parallel,

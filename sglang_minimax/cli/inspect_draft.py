@@ -12,7 +12,6 @@ import typer
 from sglang_minimax.cli import tables
 from sglang_minimax.config import Architecture
 from sglang_minimax.drafts.config import Draft
-from sglang_minimax.drafts.fingerprint import fingerprint
 from sglang_minimax.drafts.judgement import Verdict, draft_config, judge
 from sglang_minimax.errors import LoadError
 from sglang_minimax.legality import Sizes
@@ -30,19 +29,25 @@ def inspect(folder: Path, target: Path, sizes: Sizes, layout: str | None, *, as_
     arch = architecture_of(target)
     if arch is None:
         raise LoadError(f"{target} has no config.json; check the path of the model.")
-    ranks = exact_div(sizes.tp, sizes.dp, "ranks over attention groups")
-    verdict = judge(arch, draft_config(folder), weights=folder, target=target, ranks=ranks)
-    print_of_target = fingerprint(target)
+    groups = sizes.dp * sizes.attention_cp
+    verdict = judge(
+        arch,
+        draft_config(folder),
+        weights=folder,
+        target=target if any(target.glob("*.safetensors")) else None,
+        ranks=exact_div(sizes.tp, groups, "ranks over attention groups"),
+    )
     fits = not (verdict.refusals or verdict.doubts)
     if as_json:
         said = {"refusals": verdict.refusals, "doubts": verdict.doubts}
-        typer.echo(json.dumps({"fits": fits, "fingerprint": print_of_target, **said}, indent=1))
+        typer.echo(json.dumps({"fits": fits, "fingerprint": verdict.fingerprint, **said}, indent=1))
     else:
-        _show(folder, arch, verdict, print_of_target, fits)
+        _show(folder, arch, verdict, fits)
     return 0 if fits else 1
 
 
-def _show(folder: Path, arch: Architecture, verdict: Verdict, found: str, fits: bool) -> None:
+def _show(folder: Path, arch: Architecture, verdict: Verdict, fits: bool) -> None:
+    found = verdict.fingerprint or "not known, its weights are not there"
     tables.show(tables.pairs([("draft", str(folder)), *_summary(arch, verdict.draft, found)]))
     for sentence in (*verdict.refusals, *verdict.doubts):
         typer.echo(f"  {sentence}")

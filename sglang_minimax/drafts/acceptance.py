@@ -12,8 +12,8 @@ from dataclasses import dataclass
 #: How often a draft should be right, token by token. 0.57 to 0.84 are published for drafts of this
 #: family (MiniMax-M3-EAGLE3, greedy); a draft of another model is right by accident only.
 RIGHT = 0.4
-#: Verified steps before anything is said. A step yields 1 to 5 tokens or so, with a standard
-#: deviation of about one, so that the mean over 200 is known to 0.07.
+#: Verifications before anything is said, one for each request in each step. One yields 1 to 5
+#: tokens or so, with a standard deviation of about one, so that the mean over 200 is known to 0.07.
 ENOUGH = 200
 
 
@@ -39,17 +39,19 @@ class Watch:
     done: bool = False
 
     def heard(self, verified: int, tokens: int) -> str | None:
-        """The sentence, once, when `verified` steps of requests made too few `tokens`.
+        """The sentence, once, when `verified` verifications yielded too few `tokens`.
 
-        Totals since the start, or since a reset; the model's own token of each step is counted.
+        Totals since the start, or since a reset: each request counts once in each step, and the
+        model's own token is among those that it gets.
         """
         least = expected_length(self.num_steps)
         if self.done or verified < ENOUGH or tokens >= least * verified:
             return None
         self.done = True
         return (
-            f"the accepted length is {tokens / verified:.2f} tokens over {verified} verified "
-            f"steps, below {least:.2f}, which a draft has that is right for {RIGHT:.0%} of its "
-            "tokens; check that it was trained for this model and such requests, and names the "
-            "layers that it was trained on, or start without --speculative-algorithm."
+            f"the accepted length is {tokens / verified:.2f} tokens over {verified} verifications "
+            f"(one for each request and step), below {least:.2f}, which a draft has that is right "
+            f"for {RIGHT:.0%} of its tokens; check that it was trained for this model and such "
+            "requests, and names the layers that it was trained on, or start without "
+            "--speculative-algorithm."
         )

@@ -8,12 +8,13 @@ numbers and what to do. No torch, no SGLang.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from sglang_minimax.config import Architecture
-from sglang_minimax.drafts.config import LAYERS_KEY, LLAMA, Draft, guessed_layers
+from sglang_minimax.drafts.config import ARCHITECTURES, LAYERS_KEY, LLAMA, Draft, guessed_layers
 from sglang_minimax.drafts.tensors import FIRST, HEAD, MAP, Wanted, by_canonical_name, wanted
 from sglang_minimax.drafts.values import read
 from sglang_minimax.loading.formats.base import Shape
@@ -24,6 +25,11 @@ VARIABLE, ANY = "SGLANG_MINIMAX_DRAFT", "any"
 _OTHER_DRAFT = "use a draft that was trained for this model"
 _AGAIN = "download or train the draft again"
 _LAYERS = f"eagle_config.{LAYERS_KEY}"
+# vLLM's ids of what it calls the same layers, and a card written for it.
+_COUNTING = (
+    "counted from 0; vLLM and most model cards count inputs, one more: their [2, 31, 59] is "
+    "[1, 30, 58] here"
+)
 _OR_ANYWAY = f"or set {VARIABLE}={ANY} to run it as it is"
 # Tensors that one sentence names.
 _NAMED = 3
@@ -39,10 +45,11 @@ def refusals(
     tensors: of its checkpoint by stored name, None where they are not known yet. ranks: over which
     attention is cut. Raises LoadError where the map of the vocabulary cannot be read.
     """
-    if "eagle" not in draft.architecture.lower():
+    if draft.architecture not in ARCHITECTURES:
         yield (
-            f"the draft is a {draft.architecture}, which does not read a model's hidden states; "
-            f"use an Eagle3 draft, as {LLAMA}, or start without --speculative-algorithm."
+            f"the draft is a {draft.architecture}, which does not read what layers of the model "
+            f"hand on; use an Eagle3 draft ({' or '.join(ARCHITECTURES)}), or start without "
+            "--speculative-algorithm."
         )
         return
     yield from _widths(arch, draft)
@@ -143,7 +150,8 @@ def _layers(arch: Architecture, draft: Draft) -> Iterator[str]:
     if outside:
         yield (
             f"{_LAYERS} of the draft is {list(layers)}, but the model has layers 0 to "
-            f"{arch.num_layers - 1} and no {outside[0]}; {_OTHER_DRAFT}."
+            f"{arch.num_layers - 1} and no {outside[0]}; name the layers whose outputs it reads, "
+            f"{_COUNTING}."
         )
     if draft.inputs != len(layers):
         yield (
@@ -161,12 +169,19 @@ def _unnamed_layers(arch: Architecture, draft: Draft) -> Iterator[str]:
     layers = guessed_layers(arch.num_layers)
     if draft.layers is not None or not _fits(arch, layers):
         return
-    where = "names its layers outside of eagle_config, where" if draft.layers_at_top else "names no"
-    rest = "SGLang does not look" if draft.layers_at_top else f"layers ({_LAYERS})"
+    named = {"eagle_config": {**draft.eagle_config, LAYERS_KEY: list(layers)}}
+    option = f"--json-model-override-args '{json.dumps(named)}'"
+    if draft.layers_at_top:
+        yield (
+            "the draft names its layers outside of eagle_config, where SGLang does not look and "
+            f"would guess the outputs of layers {list(layers)}; start with {option}, and your own "
+            f"layers in it, {_COUNTING}, {_OR_ANYWAY}."
+        )
+        return
     yield (
-        f"the draft {where} {rest}, so that SGLang would guess that it was trained on the outputs "
-        f"of layers {list(layers)}; write the right ones as {_LAYERS} into config.json of the "
-        f"draft, {_OR_ANYWAY}."
+        f"the draft names no layers ({_LAYERS}), so that SGLang would guess that it was trained on "
+        f"the outputs of layers {list(layers)}, as SpecForge does unless told otherwise; if so, "
+        f"start with {option}, {_OR_ANYWAY}."
     )
 
 
@@ -220,7 +235,12 @@ def _stored(draft: Draft, tensors: Tensors) -> Iterator[str]:
     if draft.quantised:  # which names and shapes its matrices have is the quantiser's business
         needed = [each for each in needed if not each.matrix]
     missing = [each for each in needed if each.name not in tensors]
-    if missing:
+    if [each.name for each in missing] == [HEAD] and draft.own_vocab == draft.vocab_size:
+        yield (
+            f"the draft has no {HEAD}, which SGLang would leave as it was in memory; set "
+            "draft_vocab_size to null in its config.json to use the model's head."
+        )
+    elif missing:
         yield (
             f"the draft has no {_names(missing)}, which SGLang would leave as it was in memory; "
             f"{_AGAIN}."

@@ -12,17 +12,25 @@ srt/model_executor/model_runner_components/spec_aux_hidden_state.py of SGLang 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from sglang_minimax.errors import ConfigError
 
+#: SGLang's name of the algorithm that drafts from captured hidden states.
+EAGLE3 = "EAGLE3"
+#: SGLang's option to verify drafted tokens by the probabilities that the draft gave them.
+REJECTION = "--speculative-use-rejection-sampling"
 #: The architecture whose tensors are known here; of others only the configuration is judged.
 LLAMA = "LlamaForCausalLMEagle3"
+#: Every architecture of SGLang 0.5.23 that can draft for EAGLE3 beside a model of another class.
+ARCHITECTURES = (LLAMA, "Eagle3DeepseekV2ForCausalLM")
 #: Our own part of a draft's config.json, and what it holds.
 OWN_KEY, FINGERPRINT_KEY = "sglang_minimax", "target_fingerprint"
 #: Where SGLang looks for the layers, beside `eagle_config`.
 LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
+#: Keys under which SGLang finds how a checkpoint is quantised.
+QUANTISED = ("quantization_config", "compression_config")
 # Residuals that SGLang takes a draft to read which names no layers.
 _USUAL_INPUTS = 3
 
@@ -47,7 +55,7 @@ class Draft:
     outputs it reads; None where it names none. inputs: residuals that its first projection takes.
     own_vocab: rows of its head, which may be fewer than the target's; None where it uses the
     target's head. states_own_vocab: whether config.json says either. fingerprint: of the target
-    that it was trained for.
+    that it was trained for. eagle_config: the object of that name, as it is.
     """
 
     architecture: str
@@ -72,6 +80,7 @@ class Draft:
     norm_before_fc: bool
     quantised: bool
     fingerprint: str | None
+    eagle_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def has_own_embedding(self) -> bool:
@@ -114,12 +123,12 @@ class Draft:
             tied=_switch(config, "tie_word_embeddings"),
             fc_bias=_switch(config, "bias"),
             attention_bias=_switch(config, "attention_bias") or _switch(config, "bias"),
-            fc_norm=_switch(config, "fc_norm") or _switch(config, "use_aux_norm"),
-            norm_before_fc=_switch(
-                eagle, "norm_before_fc", _switch(config, "norm_before_fc", False)
-            ),
-            quantised=config.get("quantization_config") is not None,
+            # SGLang asks for their truth, not for their type.
+            fc_norm=bool(config.get("fc_norm") or config.get("use_aux_norm")),
+            norm_before_fc=bool(eagle.get("norm_before_fc", config.get("norm_before_fc"))),
+            quantised=any(config.get(key) is not None for key in QUANTISED),
             fingerprint=_fingerprint(config),
+            eagle_config=eagle,
         )
 
 

@@ -1,14 +1,14 @@
-"""Which model a checkpoint is, whatever it is quantised to: a print of its norms.
+"""Which model a checkpoint is, whatever it is quantised to: a fingerprint of its norms.
 
 A draft is trained on the residual stream of one target. All variants of a model have the same
-stream up to rounding, so the print must be equal for BF16, FP8, NVFP4, INT4 and so on. It is taken
-of the last norm and of the norms of queries and keys. Quantisers keep these as they are. The norms
-before attention and experts are left out: AWQ and SmoothQuant divide them by the factors with which
-they multiply the matrices that follow. For the published shape that is 125 reads of 895 kB in all,
-beside the headers.
+stream up to rounding, so the fingerprint must be equal for BF16, FP8, NVFP4, INT4 and so on. It is
+taken of the last norm and of the norms of queries and keys. Quantisers keep these as they are. The
+norms before attention and experts are left out: AWQ and SmoothQuant divide them by the factors with
+which they multiply the matrices that follow. For the published shape that is 125 reads of 895 kB in
+all, beside the headers.
 
-Two models with equal norms have equal prints. A fine-tuning that moves no norm by a step of BF16
-is such a model, and a draft of the one will do for the other.
+Two models with equal norms have equal fingerprints. A fine-tuning that moves no norm by a step of
+BF16 is such a model, and a draft of the one will do for the other.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from sglang_minimax.loading.files import architecture_of, weight_files
 from sglang_minimax.loading.headers import Headers, Tensor, read_headers
 from sglang_minimax.loading.names import TensorName, parse, spell
 
-#: Hexadecimal digits of a print: 64 bits.
+#: Hexadecimal digits of a fingerprint: 64 bits.
 DIGITS = 16
-# Another choice of tensors or another form gets another number, and so other prints.
+# Another choice of tensors or another form gets another number, and so other fingerprints.
 _FORM = b"minimax-m2 norms 1"
 _IN_LAYER = ("q_norm", "k_norm")
 
@@ -34,8 +34,9 @@ def fingerprint(folder: Path) -> str:
 
     sha256 over name, shape and BF16 values of each norm, last norm first, then layer by layer.
     Wider types are rounded to BF16, to nearest and ties to even, so that a copy of a BF16 model in
-    fp32 or fp16 has the same print. Raises MinimaxError, in one sentence, for a folder without
-    config.json or weights, a norm that is missing or stored twice, and a file that is not whole.
+    fp32 or fp16 has the same fingerprint. Raises MinimaxError, in one sentence, for a folder
+    without config.json or weights, a norm that is missing or stored twice, and a file that is not
+    whole.
     """
     arch = architecture_of(folder)
     if arch is None:
@@ -44,7 +45,10 @@ def fingerprint(folder: Path) -> str:
 
 
 def fingerprint_of(headers: Headers, num_layers: int, where: str) -> str:
-    """The print of the checkpoint with these headers. where: for messages. Raises LoadError."""
+    """The fingerprint of the checkpoint with these headers; `where` is for messages.
+
+    Raises LoadError.
+    """
     found = _norms(headers, where)
     digest = hashlib.sha256(_FORM)
     for record in _wanted(num_layers):
@@ -61,7 +65,7 @@ def fingerprint_of(headers: Headers, num_layers: int, where: str) -> str:
 
 
 def _wanted(num_layers: int) -> list[TensorName]:
-    """The norms of the print, in its order."""
+    """The norms of the fingerprint, in its order."""
     layers = range(num_layers)
     inside = [TensorName(layer, module, "weight") for layer in layers for module in _IN_LAYER]
     return [TensorName(None, "norm", "weight"), *inside]

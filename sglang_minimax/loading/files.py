@@ -84,9 +84,9 @@ def folder_of(model_path: str, revision: str | None = None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def config_of(folder: Path) -> dict[str, Any] | None:
-    """The parsed config.json of `folder`, None where there is none. Raises LoadError."""
-    file = folder / "config.json"
+def config_of(folder: Path, name: str = "config.json") -> dict[str, Any] | None:
+    """The parsed JSON file `name` of `folder`, None where there is none. Raises LoadError."""
+    file = folder / name
     if not file.is_file():
         return None
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from sglang_minimax import ARCHITECTURE, plugin
 from sglang_minimax.config import Architecture
+from sglang_minimax.drafts.config import REJECTION
 from sglang_minimax.errors import MinimaxError
 from sglang_minimax.loading.files import check_checkpoint, folder_of
 from sglang_minimax.moe_exchange import report
@@ -34,7 +35,7 @@ STANDARD_ONLY = {
 
 # Options that change how drafts are made or verified: field -> as the user wrote it.
 SPECULATIVE = {
-    "speculative_use_rejection_sampling": "--speculative-use-rejection-sampling",
+    "speculative_use_rejection_sampling": REJECTION,
     "speculative_adaptive": "--speculative-adaptive",
     "enable_multi_layer_eagle": "--enable-multi-layer-eagle",
     "speculative_draft_window_size": "--speculative-draft-window-size",
@@ -183,9 +184,9 @@ def launch_of(server_args: Any) -> Launch:
         speculative_algorithm=(cfg.speculative_algorithm or "").upper() or None,
         speculative_options=tuple(name for f, name in SPECULATIVE.items() if getattr(cfg, f)),
         speculative_tree=_tree(cfg),
-        accept_threshold=min(
-            cfg.speculative_accept_threshold_single, cfg.speculative_accept_threshold_acc
-        ),
+        accept_threshold_single=cfg.speculative_accept_threshold_single,
+        accept_threshold_acc=cfg.speculative_accept_threshold_acc,
+        verifies_sampled=_verifies_sampled(hardware),
         quantization=model_config_of(server_args).quantization,
         moe_a2a_backend=backend,
         moe_runner_backend=cfg.moe_runner_backend,
@@ -284,6 +285,15 @@ def _hardware() -> tuple[str | None, int | None]:
         major, minor = torch.cuda.get_device_capability()
         return "cuda", 10 * major + minor
     return ("ascend", None) if hasattr(torch, "npu") else (None, None)
+
+
+def _verifies_sampled(hardware: str | None) -> bool:
+    """Whether SGLang has its kernel for sampling along a draft tree; elsewhere it always has."""
+    if hardware != "ascend":
+        return True
+    from sglang.kernels.ops.speculative import verify_sampling
+
+    return verify_sampling.tree_speculative_sampling_target_only is not None
 
 
 def architecture_asked_for(server_args: Any) -> Architecture:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -12,16 +13,17 @@ from typing import Any
 from sglang_minimax import ARCHITECTURE
 from sglang_minimax.drafts.acceptance import Watch
 from sglang_minimax.drafts.checks import ANY, VARIABLE
-from sglang_minimax.drafts.config import Draft
+from sglang_minimax.drafts.config import EAGLE3, Draft
+from sglang_minimax.drafts.fingerprint import fingerprint
 from sglang_minimax.drafts.judgement import Verdict, draft_config, judge
+from sglang_minimax.drafts.options import Options
 from sglang_minimax.errors import LoadError, MinimaxError
 from sglang_minimax.loading.files import folder_of, weight_files
 
 logger = logging.getLogger(__name__)
 
-#: SGLang's names of the algorithm that drafts from captured hidden states, and of those that take
-#: the same options. The latter have no such draft, and would run one without what it reads.
-EAGLE3 = "EAGLE3"
+#: SGLang's names of the algorithms that take the same options as EAGLE3. They have no such draft,
+#: and would run one without what it reads.
 RELATED = ("EAGLE", "NEXTN")
 # Formats of weights in which the files are looked at.
 _READ = ("auto", "safetensors")
@@ -72,13 +74,15 @@ def _reasons(server_args: Any, algorithm: str, path: str | None, on_hub: bool) -
     if waved not in ("", ANY):
         yield f"{VARIABLE} is {waved!r}, but it knows only {ANY}; set it to that, or unset it."
         return
-    revision = resolving_view(server_args).speculative_draft_model_revision
-    folder = folder_of(path, revision)
+    cfg = resolving_view(server_args)
+    folder = folder_of(path, cfg.speculative_draft_model_revision)
     if folder is None:
         if not on_hub:
             yield f"{path} is no folder; check --speculative-draft-model-path."
+        elif algorithm == EAGLE3:
+            _say_unseen(server_args, path)
         return
-    config = draft_config(folder)
+    config = _config(folder, cfg.decrypted_draft_config_file, cfg.json_model_override_args)
     if algorithm != EAGLE3:
         if "eagle3" in Draft.from_config(config).architecture.lower():
             yield (
@@ -103,14 +107,52 @@ def _verdict(server_args: Any, config: dict[str, Any], folder: Path, on_hub: boo
     cfg = resolving_view(server_args)
     read = str(cfg.load_format) in _READ
     draft_read = str(cfg.speculative_draft_load_format or cfg.load_format) in _READ
+    whole = _is_whole(folder, on_hub)
+    if draft_read and not whole:
+        _say_unseen(server_args, str(folder))
     model = model_config_of(server_args)
     launch = launch_of(server_args)
+    compared = read and Draft.from_config(config).fingerprint is not None
     return judge(
         architecture_asked_for(server_args),
         config,
-        weights=folder if draft_read and _is_whole(folder, on_hub) else None,
-        target=_target(model.model_path, model.revision) if read else None,
+        weights=folder if draft_read and whole else None,
+        target=_target(model.model_path, model.revision) if compared else None,
         ranks=launch.tp // (launch.dp * launch.attention_cp),
+        options=_options(cfg),
+    )
+
+
+def _options(cfg: Any) -> Options:
+    inherited = not cfg._speculative_draft_quantization_explicitly_set
+    return Options(
+        rejection_sampling=bool(cfg.speculative_use_rejection_sampling),
+        quantization=cfg.speculative_draft_model_quantization if inherited else None,
+    )
+
+
+def _config(folder: Path, file: str | None, overrides: str) -> dict[str, Any]:
+    """The draft's configuration as SGLang will have it. Raises LoadError.
+
+    file: --decrypted-draft-config-file, in the place of config.json. overrides:
+    --json-model-override-args, which SGLang applies to the draft as well; a value that is an object
+    takes the place of the other one.
+    """
+    file = (file or "").strip()
+    config = draft_config(folder, file) if file else draft_config(folder)
+    return config | json.loads(overrides)
+
+
+def _say_unseen(server_args: Any, draft: str) -> None:
+    """Log that the tensors of a draft have not been judged, and what does it later."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    logger.warning(
+        "sglang-minimax: the draft's tensors have not been downloaded yet, so that their names and "
+        "shapes are not judged; the next start does, or `sglang-minimax inspect %s --target %s` "
+        "with both folders.",
+        draft,
+        model_config_of(server_args).model_path,
     )
 
 
@@ -139,9 +181,10 @@ def _target(path: str, revision: str | None) -> Path | None:
 def watch_acceptance(original: Callable[[Any], None]) -> Callable[[Any], None]:
     """Wrap `SchedulerMetricsReporter.__post_init__`: warn once of a low accepted length.
 
-    On the first rank, for our model with a draft that has no fingerprint of it. Elsewhere nothing
-    changes. SGLang adds to its totals every --decode-log-interval steps; between those a step costs
-    one comparison, and none after the warning.
+    On the first rank, for our model with a draft that does not have the fingerprint of the weights
+    that are served, or where it cannot be taken. Elsewhere nothing changes. SGLang adds to its
+    totals every --decode-log-interval steps; between those a step costs one comparison, and none
+    after the warning.
     """
 
     @functools.wraps(original)
@@ -154,7 +197,7 @@ def watch_acceptance(original: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _is_to_be_watched(reporter: Any) -> bool:
-    from sglang.srt.runtime_context import get_parallel, get_spec
+    from sglang.srt.runtime_context import get_parallel
 
     scheduler = reporter.scheduler
     if not scheduler.spec_algorithm.is_eagle3() or not reporter.is_stats_logging_rank:
@@ -163,16 +206,27 @@ def _is_to_be_watched(reporter: Any) -> bool:
         return False
     if get_parallel().attn_dp_rank != 0:
         return False
-    spec = get_spec()
-    return os.environ.get(VARIABLE) == ANY or not _has_fingerprint(
-        spec.speculative_draft_model_path, spec.speculative_draft_model_revision
-    )
+    return os.environ.get(VARIABLE) == ANY or not _is_vouched_for(scheduler.model_config)
 
 
-def _has_fingerprint(path: str, revision: str | None) -> bool:
-    folder = folder_of(path, revision)
+def _is_vouched_for(served: Any) -> bool:
+    """Whether the draft has the fingerprint of the weights of `served`, SGLang's ModelConfig.
+
+    Compared here, as a launch may be before the files of a hub. Other formats than safetensors are
+    not read: what is served may not be what the files hold.
+    """
+    from sglang.srt.runtime_context import get_model, get_spec
+
+    model, spec = get_model(), get_spec()
+    formats = (model.load_format, spec.speculative_draft_load_format or model.load_format)
+    folder = folder_of(spec.speculative_draft_model_path, spec.speculative_draft_model_revision)
+    if folder is None or any(str(each) not in _READ for each in formats):
+        return False
     try:
-        return folder is not None and bool(Draft.from_config(draft_config(folder)).fingerprint)
+        config = _config(folder, model.decrypted_draft_config_file, model.json_model_override_args)
+        known = Draft.from_config(config).fingerprint
+        target = _target(served.model_path, served.revision) if known else None
+        return target is not None and fingerprint(target) == known
     except MinimaxError:
         return False
 

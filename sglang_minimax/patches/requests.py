@@ -7,12 +7,13 @@ tokens leaves out, or applies to some tokens only, change what is generated with
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sglang_minimax import ARCHITECTURE
 
 Validate = Callable[..., None]
+Sampling = Mapping[str, Any]
 
 # Sampling options that change with a draft -> the value that asks for nothing. SGLang's
 # eagle_sample never reads min_p, and its penalties count one token of each verified step
@@ -24,6 +25,8 @@ INEXACT_WITH_DRAFT = {
     "repetition_penalty": 1,
     "min_new_tokens": 0,
 }
+# What OpenAI's API calls some of them.
+ALSO_CALLED = {"min_new_tokens": "min_tokens"}
 
 
 def refuse_impossible_numbers(original: Validate) -> Validate:
@@ -38,17 +41,22 @@ def refuse_impossible_numbers(original: Validate) -> Validate:
         original(self, obj, input_ids)
         config = self.model_config
         if ARCHITECTURE in (getattr(config.hf_config, "architectures", None) or ()):
-            check_numbers(obj, input_ids, config.vocab_size)
+            # As SGLang's _create_tokenized_object has it, which comes later.
+            sampling = {**(self.preferred_sampling_params or {}), **(obj.sampling_params or {})}
+            check_numbers(obj, sampling, input_ids, config.vocab_size)
             if algorithm := self.server_args.speculative_algorithm:
-                check_with_draft(obj, algorithm)
+                check_with_draft(obj, sampling, algorithm)
 
     return _validate_one_request
 
 
-def check_numbers(obj: Any, input_ids: list[int] | None, vocab_size: int) -> None:
+def check_numbers(
+    obj: Any, sampling: Sampling, input_ids: list[int] | None, vocab_size: int
+) -> None:
     """Raise ValueError with one sentence for a number that the model cannot serve.
 
-    obj: one `GenerateReqInput` (or `EmbeddingReqInput`, which has no log probabilities).
+    obj: one `GenerateReqInput` (or `EmbeddingReqInput`, which has no log probabilities). sampling:
+    its options, and those of --preferred-sampling-params that it leaves open.
     """
     if input_ids:
         for token in (min(input_ids), max(input_ids)):
@@ -59,7 +67,6 @@ def check_numbers(obj: Any, input_ids: list[int] | None, vocab_size: int) -> Non
             f"The number of top logprobs must be from 0 to {vocab_size} (the size of the "
             f"vocabulary), but it is {top}."
         )
-    sampling = obj.sampling_params or {}
     choices = sampling.get("n")
     if choices is not None and choices < 1:
         raise ValueError(f"n must be at least 1, but it is {choices}.")
@@ -71,18 +78,18 @@ def check_numbers(obj: Any, input_ids: list[int] | None, vocab_size: int) -> Non
                 _check_token("stop_token_ids", int(token), vocab_size)
 
 
-def check_with_draft(obj: Any, algorithm: str) -> None:
+def check_with_draft(obj: Any, sampling: Sampling, algorithm: str) -> None:
     """Raise ValueError for an option that would not mean with a draft what it means without.
 
-    obj: one `GenerateReqInput`. algorithm: --speculative-algorithm, for the sentence.
+    obj, sampling: as of `check_numbers`. algorithm: --speculative-algorithm, for the sentence.
     """
-    sampling = obj.sampling_params or {}
     for name, nothing in INEXACT_WITH_DRAFT.items():
         value = sampling.get(name)
         if value is not None and value != nothing:
+            called = f"{name} ({ALSO_CALLED[name]})" if name in ALSO_CALLED else name
             raise ValueError(
-                f"{name} {value} is not exact with drafted tokens; send {name} {nothing}, or ask a "
-                f"server that was started without --speculative-algorithm {algorithm}."
+                f"{called} {value} is not exact with drafted tokens; send {name} {nothing}, or "
+                f"ask a server that was started without --speculative-algorithm {algorithm}."
             )
     if getattr(obj, "custom_logit_processor", None):
         raise ValueError(

@@ -3,8 +3,8 @@ written, and one that does not fit changes nothing and answers with the list.
 
 SGLang's loaders pad what is short and report success; each of its ranks decides alone; and an
 exception ends the scheduler. The three functions here take the place of the scheduler's handlers
-and keep their effects: the session, the weight version, the flush of the cache. Models of others
-(a draft, say) are not judged; they are loaded after ours, as SGLang does it.
+and keep their effects: the session, the weight version, the flush of the cache. A draft keeps its
+weights, which are of another checkpoint, unless a call asks for it by name.
 """
 
 from __future__ import annotations
@@ -121,6 +121,24 @@ def _judge(problems: Problems, runners: Runners, pairs: Pairs, load_format: str 
             problems.take(direct_problems(dict(model.named_parameters()), pairs))
         else:
             problems.take(model.weight_problems(pairs))
+
+
+def leave_drafts_alone(original: Callable[..., Runners]) -> Callable[..., Runners]:
+    """Wrap `SchedulerWeightUpdaterManager._select_runners(selector)`.
+
+    By default SGLang loads what the target gets into its draft too, which is right for drafts that
+    come in the target's checkpoint. An Eagle3 draft has its own, and some of its tensors have the
+    same names: it would take the target's final norm, and stop at the head.
+    """
+
+    @functools.wraps(original)
+    def _select_runners(self: Any, selector: str = "all") -> Runners:
+        runners = original(self, selector)
+        if selector == "all" and our_models(runners):
+            return [(role, runner) for role, runner in runners if role != "draft"]
+        return runners
+
+    return _select_runners
 
 
 # --- from tensors ---
@@ -309,14 +327,12 @@ def judge_checkpoint_first(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _from_disk(manager: Any, request: Any, runners: Runners) -> Answer:
-    ours = [runner for _, runner in runners if our_models([("", runner)])]
-    others = [runner for _, runner in runners if not our_models([("", runner)])]
     path, load_format = request.model_path, request.load_format
 
     def look(problems: Problems) -> None:
         _check_idle(manager, request)
         check_format(load_format, DISK_FORMATS)
-        for runner in ours:
+        for _, runner in runners:
             problems.take(disk_updates.problems_of(runner.weight_updater, path, load_format))
 
     _, refused = together(look)
@@ -324,12 +340,10 @@ def _from_disk(manager: Any, request: Any, runners: Runners) -> Answer:
         return _refusal(refused)
     recapture = request.recapture_cuda_graph
     success, message, flush = True, "", False
-    for runner in ours:
+    for _, runner in runners:
         success, message, flush = disk_updates.load_or_go_back(
             runner.weight_updater, path, load_format, recapture
         )
-    if success and others:
-        success, message = _load_drafts(others, path, load_format, recapture)
     if success:
         manager.record_weight_version_after_update(request.weight_version)
     if flush:
@@ -337,21 +351,3 @@ def _from_disk(manager: Any, request: Any, runners: Runners) -> Answer:
     if not success:
         logger.error(message)
     return success, message
-
-
-def _load_drafts(runners: list[Any], path: str, load_format: str, recapture: bool) -> Answer:
-    """Load models of others as SGLang does, and answer alike on all ranks."""
-
-    def step(problems: Problems) -> None:
-        for runner in runners:
-            success, message = runner.weight_updater.update_weights_from_disk(
-                path, load_format, recapture_cuda_graph=recapture
-            )
-            if not success:
-                problems.say(message)
-                return
-
-    _, failed = together(step)
-    if failed:
-        return False, f"{failed.error()}\nThe target has the new weights, its draft may not."
-    return True, "Succeeded to update model weights."

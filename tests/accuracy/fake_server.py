@@ -63,15 +63,16 @@ class _Server(ThreadingHTTPServer):
 
 @dataclass
 class FakeServer:
-    """Answers with `answer(body)`; `asked` holds the bodies of all questions."""
+    """Answers with `answer(body)`; `asked` holds the bodies of all questions. port 0 is any."""
 
     answer: Callable[[Body], Said]
     facts: Body = field(default_factory=lambda: dict(FACTS))
     asked: list[Body] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
+    port: int = 0
 
     def __post_init__(self) -> None:
-        self._http = _Server(("127.0.0.1", 0), _handler(self))
+        self._http = _Server(("127.0.0.1", self.port), _handler(self))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -113,7 +114,7 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             if self.path == "/v1/models":
                 self._send({"data": [{"id": "fake", "max_model_len": 4096}]})
-            elif self.path in ("/server_info", "/model_info") and server.facts:
+            elif self.path in ("/server_info", "/model_info", "/health") and server.facts:
                 self._send(server.facts)
             else:
                 self._send({"error": "nothing here"}, 404)

@@ -74,6 +74,7 @@ def test_expected_calls_fit_their_tools() -> None:
 
 
 GOOD = '{"question": "1+1?", "answer": "2\\n#### 2"}'
+OTHER = '{"question": "1+2?", "answer": "3\\n#### 3"}'
 
 
 @pytest.mark.parametrize(
@@ -110,12 +111,26 @@ def test_shots_need_examples(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text(GOOD)
     with pytest.raises(AccuracyError, match=r"5 shots come from .*train\.jsonl"):
         gsm8k_data.load(str(tmp_path), shots=5)
-    (tmp_path / "train.jsonl").write_text(GOOD)
+    (tmp_path / "train.jsonl").write_text(OTHER)
     with pytest.raises(AccuracyError, match="has 1 examples"):
         gsm8k_data.load(str(tmp_path), shots=5)
     assert gsm8k_data.load("openai/gsm8k", shots=5) is None
     with pytest.raises(AccuracyError, match="there is no"):
         gsm8k_data.load("./a/b/c", shots=0)
+
+
+@pytest.mark.parametrize(
+    ("data", "train"),
+    [("test.jsonl", f"{OTHER}\n{GOOD}"), ("train.jsonl", GOOD)],
+    ids=["equal_rows", "the_same_file"],
+)
+def test_a_shot_is_no_question(tmp_path: Path, data: str, train: str) -> None:
+    (tmp_path / "test.jsonl").write_text(GOOD)
+    (tmp_path / "train.jsonl").write_text(train)
+    with pytest.raises(AccuracyError, match=r"train\.jsonl holds 1 of the questions"):
+        gsm8k_data.load(str(tmp_path / data), shots=1)
+    # Without shots nothing is shown.
+    assert gsm8k_data.load(str(tmp_path / data), shots=0)
 
 
 CASE = {

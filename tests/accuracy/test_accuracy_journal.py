@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,30 +143,59 @@ def command(url: str, log: Path, *more: str) -> list[str]:
     ]
 
 
+def stop(answer: Holding, url: str, log: Path, how: signal.Signals) -> tuple[int, str]:
+    """A run that is stopped at the sixth question: its status and what it said."""
+    answer.reached.clear()
+    with subprocess.Popen(
+        command(url, log),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        assert answer.reached.wait(180)
+        begin = time.monotonic()
+        process.send_signal(how)
+        _, said = process.communicate(timeout=60)
+        # It does not wait for the request that hangs.
+        assert time.monotonic() - begin < 50
+    assert "Traceback" not in said
+    return process.returncode, said
+
+
+def times(asked: Sequence[str]) -> list[int]:
+    """How often each row was asked."""
+    return [asked.count(row["question"]) for row in ROWS]
+
+
 def test_a_run_that_was_stopped_goes_on(serve: Serve, tmp_path: Path) -> None:
-    """Stopped by Ctrl-C, gone on, killed, and gone on to the end."""
+    """By Ctrl-C."""
+    pytest.importorskip("lm_eval", reason="the evaluator is not installed: the extra `accuracy`")
+    from sglang_minimax.accuracy import run_gsm8k
+    from sglang_minimax.accuracy.settings import Gsm8kSettings
+
+    answer = Holding()
+    server, log = serve(answer), tmp_path / "log"
+    status, said = stop(answer, server.url, log, signal.SIGINT)
+    assert status == 130
+    assert f"stopped; --log {log} goes on from there" in said
+    answer.free.set()
+    again = Gsm8kSettings(url=server.url, limit=len(ROWS), shots=0, log=log)
+    found = run_gsm8k(again)
+    assert found.scores["strict-match"].right == len(ROWS)
+    assert found.figures["answered_before"] == 5
+    assert times(server.questions()) == [1, 1, 1, 1, 1, 2, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on(serve: Serve, tmp_path: Path) -> None:
+    """Stopped by Ctrl-C, gone on, killed, and gone on to the end; each as a user does it."""
     pytest.importorskip("lm_eval", reason="the evaluator is not installed: the extra `accuracy`")
     answer = Holding()
     server, log, result = serve(answer), tmp_path / "log", tmp_path / "result.json"
-    for how, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
-        answer.reached.clear()
-        process = subprocess.Popen(
-            command(server.url, log),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            # A test run in the background has it ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-        assert answer.reached.wait(180)
-        begin = time.monotonic()
-        os.kill(process.pid, how)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == status
-        # It does not wait for the request that hangs.
-        assert time.monotonic() - begin < 50
-        assert b"Traceback" not in said
-        wanted = f"stopped; --log {log} goes on from there".encode()
-        assert (wanted in said) is (how == signal.SIGINT)
+    assert stop(answer, server.url, log, signal.SIGINT)[0] == 130
+    assert stop(answer, server.url, log, signal.SIGKILL)[0] == -signal.SIGKILL
     # A question on its way may have left half a line.
     with log.open("ab") as file:
         file.write(b'{"id": "5", "quest')
@@ -178,8 +207,7 @@ def test_a_run_that_was_stopped_goes_on(serve: Serve, tmp_path: Path) -> None:
     found = json.loads(result.read_text())
     assert found["scores"]["strict-match"]["right"] == len(ROWS)
     assert found["figures"]["answered_before"] == 5
-    times = [server.questions().count(row["question"]) for row in ROWS]
-    assert times == [1, 1, 1, 1, 1, 3, 1, 1]
+    assert times(server.questions()) == [1, 1, 1, 1, 1, 3, 1, 1]
 
 
 def test_a_resume_that_forgets_asks_again(

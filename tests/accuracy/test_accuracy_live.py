@@ -1,4 +1,4 @@
-"""The suites on a real server with tiny-m2."""
+"""GSM8K on a real server with tiny-m2; tests/lanes/test_lane_run.py has the tool calls."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_minimax.accuracy import run_gsm8k, run_tools
-from sglang_minimax.accuracy.settings import Gsm8kSettings, ToolSettings
+from sglang_minimax.accuracy import run_gsm8k
+from sglang_minimax.accuracy.settings import Gsm8kSettings
 from sglang_minimax.cli.local_server import LocalServer
 
 pytestmark = pytest.mark.server
@@ -82,17 +82,3 @@ def test_thinking_off(server: LocalServer, tmp_path: Path) -> None:
     )
     assert all(row["reply"] and not row["reasoning"] for row in entries(log))
     assert all("think>" not in row["reply"] for row in entries(log))
-
-
-def test_tools(server: LocalServer, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    result = run_tools(ToolSettings(url=server.url, limit=10, max_tokens=160, log=log))
-    rows = entries(log)
-    assert {row["category"] for row in rows} == {
-        *("tool_call", "parallel_call", "tool_result", "small_talk")
-    }
-    # tiny-m2 is right in all of 500 of each (benchmarks/results/tiny_m2_accuracy.json).
-    assert {name: score.right for name, score in result.scores.items()} == dict.fromkeys(
-        result.scores, 10
-    )
-    assert all(row["whole"]["completion_tokens"] > 5 for row in rows)

@@ -72,6 +72,24 @@ def test_a_result_is_written_whole_and_read_by_names(tmp_path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["result.json"]
 
 
+def test_no_path_of_the_machine_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Gsm8kSettings(data="/d/gsm8k", log=tmp_path / "logs" / "a", prompt="/{{question}}")
+    assert Result("gsm8k", settings.as_dict(), "", {}).as_dict()["settings"] == {
+        **settings.as_dict(),
+        "data": "gsm8k",
+        "log": "logs/a",
+    }
+    serving = ServingSettings(tokenizer="/m/tiny", data="a/b", arguments=("--lora-path", "/l/x"))
+    found = Result("bench", serving.as_dict(), "", {"model_path": "/m/tiny", "url": "http://h/v"})
+    written = found.as_dict()
+    assert written["settings"]["arguments"] == ["--lora-path", "x"]
+    assert (written["settings"]["tokenizer"], written["settings"]["data"]) == ("tiny", "a/b")
+    assert written["server"] == {"model_path": "tiny", "url": "http://h/v"}
+    bundled = Result("tools", ToolSettings().as_dict(), "", {}).as_dict()["settings"]
+    assert bundled["cases"] == "cases.jsonl"
+
+
 @pytest.mark.parametrize(
     ("kind", "values", "words"),
     [

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +93,38 @@ def test_one_that_hangs_is_ended_with_what_it_started(
     with pytest.raises(AccuracyError, match="took more than 5 s and was stopped"):
         run_bench_serving(settings(serve, limit_s=5.0))
     assert time.monotonic() - begin < 60
-    time.sleep(0.2)
-    pid = int(child.read_text())
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert until(lambda: is_gone(int(child.read_text())), seconds=10)
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, if nobody has asked for its status yet."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def until(holds: Callable[[], bool], seconds: float = 60.0) -> bool:
+    """Whether something comes true in time."""
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return holds()
+
+
+def test_one_whose_parent_is_killed_ends_too(serve: Serve, benchmark: Any, tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    benchmark(f"open({str(child)!r}, 'w').write(f'{{os.getpid()}}.'); time.sleep(600)")
+    code = (
+        "from sglang_minimax.accuracy import run_bench_serving, serving, settings\n"
+        "serving.MODULE = 'pretended'\n"
+        f"run_bench_serving(settings.ServingSettings(url={settings(serve).url!r}, prompts=3))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        assert until(lambda: child.exists() and child.read_text().endswith("."))
+        parent.kill()
+    pid = int(child.read_text()[:-1])
+    assert until(lambda: is_gone(pid), seconds=10)
 
 
 def test_nothing_is_started_without_a_server(benchmark: Any, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from sglang_minimax.accuracy import pieces, run_tools, tool_cases, tools
+from sglang_minimax.accuracy import TOOL_CALLS, pieces, run_tools, tool_cases, tools
 from sglang_minimax.accuracy.errors import AccuracyError
 from sglang_minimax.accuracy.settings import ToolSettings
+from sglang_minimax.accuracy.tool_cases import load
+from sglang_minimax.accuracy.tools import chosen
 from tests.accuracy.conftest import Serve
 from tests.accuracy.fake_server import FACTS, Body, Said
 
@@ -236,6 +238,26 @@ def test_a_log_is_gone_on_with(serve: Serve, tmp_path: Path) -> None:
     result = run_tools(settings)
     assert server.questions()[before:] == ["swapped"] * 2
     assert (result.figures["answered_before"], result.figures["cases"]) == (5, 6)
+
+
+def test_calls_only_leaves_out_what_has_an_answer(serve: Serve, tmp_path: Path) -> None:
+    """Another model than tiny-m2 knows nothing of how its answers end."""
+    server, cases = serve(said), str(write(tmp_path / "cases.jsonl"))
+    settings = ToolSettings(url=server.url, cases=cases, calls_only=True, limit=len(CASES) - 1)
+    without = [question for question, (_, end, *_) in CASES.items() if end is None]
+    result = run_tools(settings)
+    assert result.figures["cases"] == len(without) == len(CASES) - 3
+    assert set(server.questions()) == set(without)
+    assert result.settings["calls_only"] is True
+    bundled = chosen(load(TOOL_CALLS), ToolSettings(calls_only=True))
+    assert (len(bundled), {case.answer for case in bundled}) == (70, {None})
+
+
+def test_calls_only_without_a_call_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cases.jsonl"
+    path.write_text(write(path).read_text().splitlines()[-1])
+    with pytest.raises(AccuracyError, match=r"every case of .* has an 'answer'"):
+        run_tools(ToolSettings(url="http://127.0.0.1:1", cases=str(path), calls_only=True))
 
 
 def test_half_a_stream_is_no_wrong_answer(serve: Serve, tmp_path: Path) -> None:

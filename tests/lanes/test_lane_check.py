@@ -20,7 +20,10 @@ from ci.lane.schema import Lane
 from sglang_minimax.legality import Sizes
 
 #: One of each hardware and format, in `make test`; the others are alike.
-SOME = ("b200-4x-m27-nvfp4", "h200-8x-m27-fp8", "mi30x-8x-m27-fp8", "npu-16x-m27-bf16")
+SOME = (
+    *("b200-4x-m27-nvfp4", "h200-8x-m27-fp8", "mi30x-8x-m27-fp8", "mi35x-8x-m27-fp8"),
+    "npu-16x-m27-bf16",
+)
 M27, NVFP4 = CONFIGS / "MiniMax-M2.7", CONFIGS / "MiniMax-M2.7-NVFP4"
 
 #: Options of TP8 on 8 H200 with one mistake, and what is said of it.
@@ -89,6 +92,14 @@ def test_the_plugin_plans_for_that_hardware(findings: dict[str, Finding]) -> Non
     assert changed.startswith("SGLang makes 0.7225 of --mem-fraction-static 0.85")
     (note,) = findings["h200-8x-m27-fp8 tp8"].notes
     assert "+33.3 % expert memory" in note
+
+
+def test_both_generations_of_amd_are_told_apart(findings: dict[str, Finding]) -> None:
+    """CDNA3 is gfx942, CDNA4 gfx950 (SGLang asks by that name)."""
+    old, new = (case_of(find(f"mi3{n}x-8x-m27-fp8"), "tp8-ep8") for n in "05")
+    assert (old.capability, old.gfx) == (94, "gfx942")
+    assert (new.capability, new.gfx) == (95, "gfx950")
+    assert resolved(findings, "mi35x-8x-m27-fp8 tp8-ep8")["attention_backend"] == "aiter"
 
 
 def test_what_is_not_checked_is_said(findings: dict[str, Finding]) -> None:

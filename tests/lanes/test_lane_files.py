@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from ci.lane import CONFIGS, LaneError
+from ci.lane import CONFIGS, LaneError, figures
 from ci.lane.files import find, load, names
 from ci.lane.launch import Node, arguments, arguments_to_check, config_folder, weights
 from ci.lane.schema import Lane, settings_of
+from sglang_minimax.accuracy import gsm8k, tools
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "data/published_config.json").read_text())
 EXAMPLE = """name: example
@@ -71,7 +73,7 @@ def test_the_lanes_that_were_asked_for_are_there() -> None:
         assert ("cuda", 4, model, "tp4") in found
         for variant in ("tp8", "tp8-ep8", "dp8-ep8"):
             assert ("cuda", 8, model, variant) in found
-    assert ("cuda", 16, "MiniMaxAI/MiniMax-M2.7", "tp16") in found
+        assert ("cuda", 16, model, "tp16") in found
     for model in ("nvidia/MiniMax-M2.5-NVFP4", "nvidia/MiniMax-M2.7-NVFP4"):
         assert ("cuda", 4, model, "tp4") in found
     for name in ("mi30x-8x-m27-fp8", "mi35x-8x-m27-fp8"):
@@ -85,6 +87,30 @@ def test_the_lanes_that_were_asked_for_are_there() -> None:
             assert part in words
     assert any(kind == "npu" for kind, *_ in found)
     assert ("cpu", 1, "tiny-m2", "tp2") in found
+
+
+def test_every_lane_records_speed_and_tool_calls() -> None:
+    """The bundled cases with an `answer` fit tiny-m2 alone; other models' calls need not match."""
+    for lane in map(find, names()):
+        assert "output_throughput" in lane.suites["serving"].figures
+        tools = lane.suites["tools"]
+        if lane.hardware.kind != "cpu":
+            assert tools.settings["calls_only"] is True
+            wanted = {"well-formed", "streamed-well-formed", "streamed-same"}
+            assert set(tools.figures) == wanted
+
+
+def test_the_names_of_figures_are_those_of_the_suites() -> None:
+    """As the suites compute them, so that no name is refused that there is."""
+    row = {"truncated": False, "prompt_tokens": 1, "completion_tokens": 1, "matches": {"x": True}}
+    path = Path(importlib.util.find_spec("lm_eval").origin or "").parent  # type: ignore[union-attr]
+    task = yaml.safe_load((path / "tasks/gsm8k/gsm8k.yaml").read_text())
+    filters = {each["name"] for each in task["filter_list"]}
+    beside = {"answered_before", "seconds"}
+    assert {*gsm8k.summed([row]), *filters, *beside} == figures.GSM8K
+    side = {**row, "well_formed": True, "correct": True}
+    both = [{"whole": side, "streamed": side, "same": True}]
+    assert {*tools.summed(both), *tools.counted(both), *beside} == figures.TOOLS
 
 
 def test_every_number_has_a_public_source() -> None:
@@ -157,6 +183,10 @@ MISTAKES: list[tuple[str, str, str, str]] = [
     ("threshold: 0.9084", "threshold: 0.93", "line 18", "0.93 is above the baseline 0.9234"),
     ("        source: https://example.org\n", "", "line 18", "a number needs a source"),
     ("note: GSM8K", "note: ''", "line 21", "at least 1 character"),
+    ("flexible-extract", "flexible_extract", "line 18", "no such figure; it has"),
+    ("{tp-size: 8}", "{api-key: x}", "line 12", "a secret would stand in every result"),
+    ("kind: cuda", "kind: rocm", "line 3", "capability is for CUDA devices"),
+    ("capability: 90, ", "capability: 90, gfx: gfx942, ", "line 3", "gfx is for ROCm devices"),
     ("  gsm8k:", "  gsm9k:", "line 14", "suites.gsm9k: Input should be"),
     ("capability: 90, ", "", "line 3", "capability is for CUDA devices"),
     ("{tp-size: 8}", "{nnodes: 2}", "line 12", "this is set by hardware.nodes"),

@@ -13,8 +13,10 @@ import pytest
 from ci.lane import Exit, LaneError, junit
 from ci.lane import compare as comparing
 from ci.lane.outcome import Judged, Outcome, SuiteOutcome, VariantOutcome, judge, judged, read
+from ci.lane.plain import lines_of, portable
 from ci.lane.schema import Figure, Suite
-from ci.lane.watch import STAGES, Progressed, after, lines_of, sentence_of
+from ci.lane.watch import STAGES, Progressed, Watch, after, sentence_of
+from sglang_minimax.accuracy.asking import progress_bar
 from sglang_minimax.accuracy.results import Result, Score
 
 
@@ -78,10 +80,20 @@ def outcome(right: int = 30, error: str | None = None, missing: Any = ()) -> Out
     if error:
         suites.append(SuiteOutcome("tools", error=error))
     variants = [] if missing else [VariantOutcome("tp2", ["python"], suites)]
-    return Outcome("example", "about", "model", "2026-01-01", {}, [*missing], variants)
+    return Outcome("example", "about", "model", "2026-01-01", {}, [*missing], variants, ended=True)
 
 
 def test_the_status_of_a_run() -> None:
+    interrupted, killed, idle, follower = outcome(), outcome(), outcome(), outcome()
+    interrupted.variants[0].interrupted = True
+    assert (interrupted.status, interrupted.words) == (Exit.INTERRUPTED, "interrupted")
+    killed.ended = False
+    assert (killed.status, killed.words) == (Exit.FAIL, "not ended")
+    idle.variants[0].suites = []
+    assert idle.status == Exit.FAIL
+    follower.variants = [VariantOutcome("tp2", node=1)]
+    assert follower.status == Exit.PASS
+    assert replace(outcome(), variants=[]).status == Exit.FAIL
     assert outcome().status == Exit.PASS
     assert outcome(right=20).status == Exit.FAIL
     assert outcome(error="it ended.").status == Exit.FAIL
@@ -99,7 +111,7 @@ def test_a_result_comes_back_from_the_disk(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["status"] == "could not run"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 1, "variants": []}'])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 2, "variants": []}'])
 def test_what_is_no_result_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     path.write_text(content)
@@ -122,6 +134,39 @@ def test_junit_says_what_failed_and_why(tmp_path: Path) -> None:
     assert not [*good.iter("failure"), *good.iter("error")]
     (missing,) = junit.document(outcome(missing=["no GPU."])).iter("error")
     assert missing.get("message") == "no GPU."
+    (killed,) = junit.document(replace(outcome(), ended=False)).iter("error")
+    assert killed.get("message") == "it has not ended."
+
+
+RED = "\x1b[1;31mValueError\x1b[0m: \x1b]0;title\x07bad\x00 \ufffe\ud800 ü 漢 \U0001f600"
+
+
+def test_what_a_terminal_acts_on_does_not_break_the_xml(tmp_path: Path) -> None:
+    """A log in colours would be no XML, and CI would show nothing of the run."""
+    junit.write(outcome(error=RED), tmp_path / "junit.xml")
+    (error,) = ET.parse(tmp_path / "junit.xml").getroot().iter("error")
+    assert error.get("message") == "ValueError: bad  ü 漢 \U0001f600"
+    assert [*lines_of(f"a\r\n{RED}\n\x1b[K\n")] == ["a", "ValueError: bad  ü 漢 \U0001f600"]
+    assert sentence_of(f"x\n{RED}\n") == "ValueError: bad  ü 漢 \U0001f600"
+
+
+def test_a_result_has_no_folders_of_this_machine() -> None:
+    places = [
+        *(("/home/me", "~"), ("/home/me/repo", ""), ("/home/me/repo/.venv/bin/python", "python")),
+        *(("/models/m27", "$MODEL"), ("/out", "")),
+    ]
+    kept = {
+        "command": ["/home/me/repo/.venv/bin/python", "-m", "x", "--model-path", "/models/m27"],
+        "log": "/out/tp2/gsm8k.jsonl",
+        "data": ("/home/me/data", "/home/me/repo/a", "/models/m27b", "/x/out/1", "openai/gsm8k"),
+        "shots": 5,
+    }
+    assert portable(kept, places) == {
+        "command": ["python", "-m", "x", "--model-path", "$MODEL"],
+        "log": "tp2/gsm8k.jsonl",
+        "data": ["~/data", "a", "/models/m27b", "/x/out/1", "openai/gsm8k"],
+        "shots": 5,
+    }
 
 
 # --- drift ---
@@ -169,6 +214,24 @@ def test_a_figure_that_is_gone_was_lost() -> None:
     assert [each.is_loss for each in found] == [True, False]
 
 
+def test_what_else_differs_is_said() -> None:
+    one, other = outcome(), outcome()
+    one.variants[0].command = ["python", "--port", "1", "--tp-size", "2"]
+    other.variants[0].command = ["python", "--port", "7", "--tp-size", "2"]
+    for each, log in ((one, "a"), (other, "b")):
+        each.variants[0].suites[0].result["settings"] = {"log": log, "shots": 5}
+    assert comparing.differences(one, other) == []
+    other.model, other.machine = "another", {"torch": "2"}
+    other.variants[0].command[-1] = "4"
+    other.variants[0].suites[0].result["settings"]["shots"] = 8
+    assert comparing.differences(one, other) == [
+        "model: model before, another after.",
+        "tp2 command: python --tp-size 2 before, python --tp-size 4 after.",
+        "tp2 gsm8k shots: 5 before, 8 after.",
+        "machine torch: nothing before, 2 after.",
+    ]
+
+
 def test_two_lanes_are_not_compared() -> None:
     with pytest.raises(LaneError, match="compare two runs of one lane"):
         comparing.compare(outcome(), replace(outcome(), lane="other"))
@@ -202,6 +265,32 @@ def test_progress_follows_the_log() -> None:
     everything = [name for name, _ in STAGES if name not in ("importing SGLang", "warming up")]
     assert words == everything
     assert ("loading weights", 0.45) in seen
+
+
+def test_off_a_terminal_every_tenth_is_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Loading 230 GB takes long; a log without a line looks like a hang."""
+    log = tmp_path / "server.log"
+    log.write_text("")
+    with Watch(log, "lane tp8") as watch:
+        for text in ("Load weight begin\n", *(f"Loading weights: {n:3}%|\r" for n in range(101))):
+            with log.open("a") as file:
+                file.write(text)
+            watch.look()
+    said = [line.rpartition(" (")[0] for line in capsys.readouterr().err.splitlines()]
+    loading = "lane tp8: loading weights"
+    shares = [f"{loading} {n} %" for n in range(10, 101, 10)]
+    assert said == ["lane tp8: importing SGLang", loading, *shares]
+
+
+def test_a_suite_says_in_its_log_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """A bar in a file is seen at its end alone."""
+    with progress_bar(40, True) as advance:
+        advance(3)
+        for _ in range(37):
+            advance(1)
+    assert capsys.readouterr().err.splitlines() == [f"{n} of 40" for n in range(4, 41, 4)]
 
 
 def test_progress_never_goes_back() -> None:

@@ -15,19 +15,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from xml.etree import ElementTree as ET
 
 import psutil
 import pytest
 
-from ci.lane import Exit, LaneError
+from ci.lane import Exit, LaneError, suites
 from ci.lane import run as runs
-from ci.lane.children import Child
+from ci.lane import variant as variants
 from ci.lane.files import find, load
 from ci.lane.launch import Node
-from ci.lane.outcome import Outcome, read
+from ci.lane.machine import facts
+from ci.lane.outcome import Outcome, SuiteOutcome, VariantOutcome, read
+from sglang_minimax.children import Child
 from tests.conftest import remaining
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +58,8 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "launch_server.py").symlink_to(Path(__file__).parent / "fake_server.py")
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    # The pretended launcher is built on the fake server of another folder of tests.
+    monkeypatch.setenv("PYTHONPATH", f"{package.parent}{os.pathsep}{ROOT}")
     before = set(psutil.Process().children(recursive=True))
 
     def make(behaviour: str, *, limit: float = 1.0, nodes: int = 1) -> Path:
@@ -108,10 +112,10 @@ def test_a_server_that_dies_while_it_loads(
 
 def test_a_suite_that_hangs_is_stopped(pretended: Any) -> None:
     begin = time.monotonic()
-    outcome = run(pretended("hang", limit=0.12))
+    outcome = run(pretended("hang", limit=0.05))
     assert time.monotonic() - begin < 40
     (suite,) = outcome.variants[0].suites
-    assert suite.error == "it did not end within 0.12 min and was stopped."
+    assert suite.error == "it did not end within 0.05 min and was stopped."
     assert outcome.status == Exit.FAIL
 
 
@@ -157,7 +161,9 @@ def test_a_threshold_that_is_missed_fails(pretended: Any) -> None:
     assert outcome.status == Exit.FAIL
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_everything(pretended: Any, number: int) -> None:
     path = pretended("hang")
     out = path.parent / "out"
@@ -168,7 +174,6 @@ def test_a_signal_ends_everything(pretended: Any, number: int) -> None:
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": f"{os.environ['PYTHONPATH']}{os.pathsep}{ROOT}"},
         start_new_session=True,
     )
     assert process.stderr is not None
@@ -183,6 +188,7 @@ def test_a_signal_ends_everything(pretended: Any, number: int) -> None:
     process.stderr.close()
     assert remaining(family) == []
     found = read(out / "result.json")
+    assert json.loads((out / "result.json").read_text())["status"] == "interrupted"
     assert found.variants[0].interrupted
     assert found.variants[0].suites[0].error == "it was interrupted."
 
@@ -195,6 +201,98 @@ def test_a_folder_with_a_run_is_not_gone_on_with_by_itself(pretended: Any) -> No
         run(path)
     again = runs.Asked(load(path), path.parent / "out", resume=True)
     assert runs.run(again, lambda: False).status == Exit.FAIL
+    assert (path.parent / "out/one/server-1.log").read_text().count("Load weight begin") == 1
+
+
+def test_a_crash_of_the_runner_is_no_pass(pretended: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a server was there nothing had gone wrong, by the records."""
+    monkeypatch.setattr(variants.Runner, "run", lambda self, names: {}["nothing"])
+    path = pretended("serve")
+    with pytest.raises(KeyError):
+        run(path)
+    out = path.parent / "out"
+    found = json.loads((out / "result.json").read_text())
+    assert (found["status"], found["variants"][0]["error"]) == ("fail", "KeyError: 'nothing'")
+    (error,) = ET.parse(out / "junit.xml").getroot().iter("error")
+    assert error.get("message") == "KeyError: 'nothing'"
+
+
+class _Kept:
+    """Stands in for a variant's runner: every suite comes to a result, and is noted."""
+
+    asked: ClassVar[list[tuple[str, list[str]]]] = []
+    fails: ClassVar[str] = ""
+
+    def __init__(self, launched: variants.Launched, outcome: VariantOutcome) -> None:
+        self.outcome = outcome
+
+    def run(self, names: list[str]) -> None:
+        self.asked.append((self.outcome.name, names))
+        for name in names:
+            error = "it ended." if f"{self.outcome.name} {name}" == self.fails else None
+            self.outcome.suites.append(SuiteOutcome(name, error=error))
+
+
+@pytest.fixture
+def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Runs two variants of two suites, or some; in one folder."""
+    text = LANE.replace("LIMIT", "1.0").replace(
+        "  one: {about: one}", "  one: {about: one}\n  two: {about: two}"
+    )
+    path = tmp_path / "fake.yaml"
+    path.write_text(f"{text}  serving: {{limit_minutes: 1.0}}\n")
+    monkeypatch.setattr(runs, "Runner", _Kept)
+    monkeypatch.setattr(_Kept, "asked", [])
+
+    def start(*, fails: str = "", **more: Any) -> Outcome:
+        _Kept.asked.clear()
+        monkeypatch.setattr(_Kept, "fails", fails)
+        asked = runs.Asked(load(path), tmp_path / "out", **more)
+        return runs.run(asked, lambda: False)
+
+    return start
+
+
+def test_what_came_to_a_result_is_kept(two: Any, tmp_path: Path) -> None:
+    first = two(fails="two serving")
+    assert first.status == Exit.FAIL
+    second = two(resume=True)
+    assert _Kept.asked == [("two", ["serving"])]
+    assert second.status == Exit.PASS
+    assert [each.name for each in second.variants] == ["one", "two"]
+    assert second.variants[0] == first.variants[0]
+    assert [each.name for each in second.variants[1].suites] == ["tools", "serving"]
+    assert read(tmp_path / "out/result.json") == second
+
+
+def test_what_was_not_asked_is_not_lost(two: Any) -> None:
+    two(variants=["one"])
+    assert [each.name for each in two(resume=True, variants=["two"]).variants] == ["one", "two"]
+
+
+def test_another_build_does_not_go_on(two: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result is of one commit and of one set of versions."""
+    two(variants=["one"])
+    monkeypatch.setattr(runs, "facts", lambda found: {**facts(found), "commit": "another"})
+    with pytest.raises(LaneError, match=r"commit was .*, and is another now; give another --out"):
+        two(resume=True)
+
+
+def test_a_run_that_was_killed_is_no_pass(two: Any, tmp_path: Path) -> None:
+    """What it has written so far says so, and can be gone on with."""
+    path = tmp_path / "out/result.json"
+    replace(two(), ended=False).write(path)
+    assert json.loads(path.read_text())["status"] == "not ended"
+    with pytest.raises(LaneError, match="holds a run already"):
+        two()
+    assert two(resume=True).status == Exit.PASS
+
+
+def test_a_suite_has_the_environment_of_its_variant() -> None:
+    lane = find("cpu-tiny-m2")
+    changed = lane.variants["tp2"].model_copy(update={"environment": {"OMP_NUM_THREADS": "3"}})
+    lane = lane.model_copy(update={"variants": {"tp2": changed}})
+    assert suites._environment(lane, "tp2")["OMP_NUM_THREADS"] == "3"
 
 
 def test_a_signal_while_the_server_starts(pretended: Any) -> None:
@@ -207,7 +305,7 @@ def test_a_signal_while_the_server_starts(pretended: Any) -> None:
 def test_another_node_serves_until_node_0_is_done(
     pretended: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "LOOK", 0.2)
+    monkeypatch.setattr(variants, "LOOK", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as node0:
         address = f"127.0.0.1:{node0.getsockname()[1]}"
         ends = threading.Timer(3, node0.close)
@@ -226,6 +324,18 @@ def test_another_node_serves_until_node_0_is_done(
         "--dist-init-addr",
         address,
     ]
+
+
+def test_another_node_does_not_pass_without_its_server(
+    pretended: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Node 0 still answers: the run has lost a node."""
+    monkeypatch.setattr(variants, "LOOK", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as node0:
+        address = f"127.0.0.1:{node0.getsockname()[1]}"
+        outcome = run(pretended("leave", nodes=2), node=Node(1, address))
+    assert outcome.status == Exit.FAIL
+    assert "ended, and node 0 still served" in (outcome.variants[0].error or "")
 
 
 # --- for real ---
@@ -247,8 +357,12 @@ def test_the_cpu_lane(tmp_path: Path) -> None:
         for suite in variant["suites"]
         for figure in suite["figures"]
     }
+    assert verdicts.pop(("serving", "output_throughput")) == "reported"
     assert set(verdicts.values()) == {"held"}
     assert {suite for suite, _ in verdicts} == {"gsm8k", "tools"}
+    assert found["model"] == "sglang_minimax/assets/tiny-m2"
+    assert str(ROOT) not in json.dumps(found["variants"])
+    assert "tp2/gsm8k.jsonl" in json.dumps(found["variants"])
     gsm8k = variant["suites"][0]["result"]
     assert gsm8k["scores"]["flexible-extract"]["asked"] == 32
     assert gsm8k["server"]["tp_size"] == 2

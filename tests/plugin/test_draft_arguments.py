@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 from sglang_minimax import ARCHITECTURE, TINY_M2, TINY_M2_EAGLE3
 from sglang_minimax.drafts.acceptance import ENOUGH
 from sglang_minimax.drafts.checks import VARIABLE
-from sglang_minimax.drafts.config import Draft, guessed_layers
+from sglang_minimax.drafts.config import ARCHITECTURES, Draft, guessed_layers
 from sglang_minimax.drafts.tensors import EMBEDDING, canonical, wanted
 from sglang_minimax.loading.headers import Tensor
 from sglang_minimax.validation import one_rank
@@ -189,7 +192,82 @@ def test_of_a_draft_on_a_hub_what_is_there_is_judged(tmp_path: Path) -> None:
     assert "and 9 more tensors" in str(on_hub(headless))
 
 
+def test_a_draft_that_is_not_here_yet_is_said_to_be_unseen(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    alone = draft_in(tmp_path / "alone")
+    (alone / "model.safetensors").unlink()
+    assert isinstance(on_hub(alone), dict)
+    said = capfd.readouterr().err
+    assert said.count("tensors have not been downloaded yet") == 1
+    assert f"`sglang-minimax inspect {alone} --target {TINY_M2}`" in said
+    assert isinstance(on_hub(TINY_M2_EAGLE3), dict)
+    assert "not been downloaded" not in capfd.readouterr().err
+
+
+# --- what the launch changes of a draft's configuration ---
+
+
+def overrides(**values: Any) -> list[str]:
+    return ["--json-model-override-args", json.dumps(values)]
+
+
+def test_the_configuration_that_sglang_will_use_is_judged(tmp_path: Path) -> None:
+    assert "names layer 1 twice" in one_sentence(
+        asked(TINY_M2_EAGLE3, *overrides(**layers(0, 1, 1)))
+    )
+    unnamed = draft_in(tmp_path / "unnamed", draft_config(eagle_config=REMOVED))
+    assert "names no layers" in one_sentence(asked(unnamed))
+    answer = asked(unnamed, *overrides(**layers(0, 1, 3)))
+    assert isinstance(answer, dict), answer
+    # Another file in the place of config.json.
+    (unnamed / "plain.json").write_text(json.dumps(draft_config()))
+    answer = asked(unnamed, "--decrypted-draft-config-file", "plain.json")
+    assert isinstance(answer, dict), answer
+    sentence = one_sentence(asked(unnamed, "--decrypted-draft-config-file", "none.json"))
+    assert "has no none.json" in sentence
+
+
+def test_what_we_judge_is_what_sglang_reads(tmp_path: Path) -> None:
+    """Its own ModelConfig for the draft, with both options."""
+    draft = draft_in(tmp_path)
+    (draft / "plain.json").write_text(json.dumps(draft_config(**layers(1, 2, 3))))
+
+    def found() -> tuple[Any, Any]:
+        from sglang.srt.configs.model_config import ModelConfig
+
+        from sglang_minimax.patches.drafts import _config
+
+        given = json.dumps({"hidden_act": "gelu"})
+        theirs = ModelConfig(
+            str(draft),
+            model_override_args=given,
+            override_config_file="plain.json",
+            is_draft_model=True,
+        ).hf_config
+        ours = _config(draft, "plain.json", given)
+        names = ("eagle_config", "hidden_act")
+        return [getattr(theirs, name) for name in names], [ours[name] for name in names]
+
+    theirs, ours = forked(found)
+    assert theirs == ours == [layers(1, 2, 3)["eagle_config"], "gelu"]
+
+
 # --- SGLang as the oracle ---
+
+
+def test_every_eagle3_class_of_sglang_is_known() -> None:
+    import sglang
+
+    folder = Path(sglang.__path__[0]) / "srt/models"
+    entries = [
+        name
+        for file in folder.rglob("*.py")
+        for entry in re.findall(r"^EntryClass = (.*)", file.read_text(), re.MULTILINE)
+        for name in re.findall(r"\w+", entry)
+    ]
+    assert len(entries) > 50
+    assert {name for name in entries if "Eagle3" in name} == set(ARCHITECTURES)
 
 
 def captured(num_layers: int) -> tuple[list[int], list[int]]:
@@ -291,7 +369,8 @@ def test_a_low_accepted_length_is_warned_about_once(
             reporter.spec_total_num_accept_tokens += ENOUGH // 10 + 1
     assert reporter.steps == 300
     (record,) = [each for each in caplog.records if "accepted length" in each.message]
-    assert f"is 1.05 tokens over {ENOUGH} verified steps, below 1.62" in record.message
+    assert f"is 1.05 tokens over {ENOUGH} verifications (one for" in record.message
+    assert "each request and step), below 1.62" in record.message
     # And the step is SGLang's own again.
     assert "report_decode_stats" not in vars(reporter)
 
@@ -305,17 +384,27 @@ def watched(**changes: Any) -> bool:
     from sglang_minimax.patches import drafts
 
     facts = {"architecture": ARCHITECTURE, "eagle3": True, "rank": 0, "logs": True, "waved": ""}
-    facts |= {"draft": str(TINY_M2_EAGLE3)} | changes
+    facts |= {"draft": str(TINY_M2_EAGLE3), "target": str(TINY_M2), "format": "auto"}
+    facts |= {"overrides": "{}", "draft_format": None} | changes
     os.environ[VARIABLE] = str(facts["waved"])
     spec = SimpleNamespace(
-        speculative_draft_model_path=facts["draft"], speculative_draft_model_revision=None
+        speculative_draft_model_path=facts["draft"],
+        speculative_draft_model_revision=None,
+        speculative_draft_load_format=facts["draft_format"],
+    )
+    model = SimpleNamespace(
+        load_format=facts["format"],
+        decrypted_draft_config_file=None,
+        json_model_override_args=facts["overrides"],
     )
     runtime_context.get_spec = lambda: spec
+    runtime_context.get_model = lambda: model
     runtime_context.get_parallel = lambda: SimpleNamespace(attn_dp_rank=facts["rank"])
     config = SimpleNamespace(architectures=[facts["architecture"]])
+    model_config = SimpleNamespace(hf_config=config, model_path=facts["target"], revision=None)
     scheduler = SimpleNamespace(
         spec_algorithm=SimpleNamespace(is_eagle3=lambda: facts["eagle3"]),
-        model_config=SimpleNamespace(hf_config=config),
+        model_config=model_config,
     )
     reporter = SimpleNamespace(scheduler=scheduler, is_stats_logging_rank=facts["logs"])
     return drafts._is_to_be_watched(reporter)
@@ -337,6 +426,29 @@ def test_who_is_watched(tmp_path: Path) -> None:
         ]
 
     assert forked(answers) == [True, True, False, False, False, False, False]
+
+
+def test_a_fingerprint_vouches_only_where_it_was_compared(tmp_path: Path) -> None:
+    """With the weights that are served: not those of other files, or of none."""
+    wrong = {"sglang_minimax": {"target_fingerprint": "0123456789abcdef"}}
+    other = str(draft_in(tmp_path / "other", draft_config(**wrong)))
+    unread = tmp_path / "unread"
+    unread.mkdir()
+    shutil.copy(TINY_M2 / "config.json", unread)
+
+    def answers() -> list[bool]:
+        return [
+            watched(draft=other),
+            watched(target=str(unread)),
+            watched(target="somebody/a-model"),
+            watched(draft="somebody/a-draft"),
+            watched(format="dummy"),
+            watched(draft_format="dummy"),
+            watched(overrides=json.dumps(wrong)),
+            watched(format="safetensors"),
+        ]
+
+    assert forked(answers) == [True] * 7 + [False]
 
 
 def test_the_patch_is_on_sglang_s_reporter() -> None:

@@ -94,9 +94,9 @@ def test_kv_bytes_by_hand() -> None:
 def sentences() -> Iterator[tuple[str, str]]:
     """(page, a sentence of the code that it quotes)."""
     arch = Architecture.from_config(PUBLISHED)
-    asked = SimpleNamespace(sampling_params={"min_p": 0.1}, custom_logit_processor=None)
+    asked = SimpleNamespace(custom_logit_processor=None)
     with pytest.raises(ValueError, match="min_p") as refused:
-        requests.check_with_draft(asked, "EAGLE3")
+        requests.check_with_draft(asked, {"min_p": 0.1}, "EAGLE3")
     staged = Launch(pp=2, speculative_algorithm="EAGLE3", quantization="fp8")
     yield "eagle3", str(refused.value)
     yield "eagle3", Watch(3).heard(240, 245) or ""

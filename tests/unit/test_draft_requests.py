@@ -22,8 +22,7 @@ NOTHING = {
 
 
 def check(processor: Any = None, **sampling: Any) -> None:
-    obj = SimpleNamespace(sampling_params=sampling, custom_logit_processor=processor)
-    check_with_draft(obj, "EAGLE3")
+    check_with_draft(SimpleNamespace(custom_logit_processor=processor), sampling, "EAGLE3")
 
 
 def refusal(**sampling: Any) -> str:
@@ -39,7 +38,9 @@ def test_an_inexact_option_is_refused(name: str, value: float) -> None:
         check(**{name: value})
         return
     said = refusal(temperature=1.0, **{name: value})
-    assert said.startswith(f"{name} {value} is not exact")
+    # Who sends min_tokens by OpenAI's API must find it.
+    called = f"{name} (min_tokens)" if name == "min_new_tokens" else name
+    assert said.startswith(f"{called} {value} is not exact")
     assert said.replace(str(value), "").count(".") == 1
     assert f"send {name} {NOTHING[name]}, " in said
     assert "--speculative-algorithm EAGLE3" in said
@@ -85,7 +86,6 @@ def test_options_that_stay_exact_pass() -> None:
         ignore_eos=True,
     )
     check()
-    check_with_draft(SimpleNamespace(sampling_params=None), "EAGLE3")
 
 
 def test_a_processor_is_refused() -> None:
@@ -117,6 +117,7 @@ def test_only_our_model_with_a_draft_refuses(
             hf_config=SimpleNamespace(architectures=[architecture]), vocab_size=10
         ),
         server_args=SimpleNamespace(speculative_algorithm=algorithm),
+        preferred_sampling_params=None,
     )
     validate = requests.refuse_impossible_numbers(original)
     obj = SimpleNamespace(sampling_params={"min_p": 0.1})
@@ -126,3 +127,34 @@ def test_only_our_model_with_a_draft_refuses(
     else:
         validate(manager, obj, [1])
     assert calls == [(manager, obj, [1])]
+
+
+@pytest.mark.parametrize(
+    ("preferred", "own", "words"),
+    [
+        ({"min_p": 0.1}, None, "min_p 0.1 is not exact"),
+        ({"min_p": 0.1}, {"temperature": 1.0}, "min_p 0.1 is not exact"),
+        ({"min_p": 0.1}, {"min_p": 0}, None),
+        ({"temperature": 1.0}, {}, None),
+        ({"n": 0}, {}, "n must be at least 1"),
+        ({"min_new_tokens": 2, "stop_token_ids": [10]}, {}, "Token 10 of stop_token_ids"),
+    ],
+)
+def test_options_of_the_server_count_unless_the_request_has_its_own(
+    preferred: dict[str, Any], own: dict[str, Any] | None, words: str | None
+) -> None:
+    """--preferred-sampling-params, which SGLang puts in after this check."""
+    manager = SimpleNamespace(
+        model_config=SimpleNamespace(
+            hf_config=SimpleNamespace(architectures=[ARCHITECTURE]), vocab_size=10
+        ),
+        server_args=SimpleNamespace(speculative_algorithm="EAGLE3"),
+        preferred_sampling_params=preferred,
+    )
+    validate = requests.refuse_impossible_numbers(lambda *given: None)
+    obj = SimpleNamespace(sampling_params=own)
+    if words is None:
+        validate(manager, obj, [1])
+        return
+    with pytest.raises(ValueError, match=words):
+        validate(manager, obj, [1])

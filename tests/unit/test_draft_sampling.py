@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,28 @@ def filtered_by_sglang(probs: Tensor, top_k: int, top_p: float) -> Tensor:
     )
     kept = torch.zeros_like(probs).scatter(1, index.long(), weights)
     return kept / kept.sum(dim=1, keepdim=True)
+
+
+def test_both_filters_in_one_request_keep_less_than_sglangs_sampler() -> None:
+    """0.5 of 0.8 exceeds 0.6, so that verification drops the second; 0.5 of the whole does not.
+
+    In the order of eagle_sample: by top-k, scaled, then by top-p.
+    """
+    probs = torch.tensor([[0.5, 0.3, 0.2]])
+    in_turn = trees.keep_top_p(trees.keep_top_k(probs, torch.tensor([2])), torch.tensor([0.6]))
+    assert in_turn.tolist() == [[1, 0, 0]]
+    assert filtered_by_sglang(probs, 2, 0.6).tolist() == [pytest.approx([0.625, 0.375, 0])]
+    # One of them alone means the same.
+    alone = trees.keep_top_p(probs, torch.tensor([0.6]))
+    torch.testing.assert_close(alone, filtered_by_sglang(probs, 3, 0.6))
+
+
+def test_eagle_sample_filters_in_that_order() -> None:
+    from sglang.srt.speculative import eagle_utils
+
+    source = inspect.getsource(eagle_utils.eagle_sample)
+    by_k, by_p = (source.index(f"target_probs = top_{each}_renorm_prob(") for each in "kp")
+    assert by_k < by_p
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -13,7 +13,9 @@ def test_says_both_numbers_once() -> None:
     watch = Watch(3)
     sentence = watch.heard(250, 275)
     assert sentence is not None
-    assert "is 1.10 tokens over 250 verified steps, below 1.62" in sentence
+    # Ten requests of a batch are ten verifications.
+    assert "is 1.10 tokens over 250 verifications (one for each request and step)" in sentence
+    assert "below 1.62" in sentence
     assert sentence.endswith(".")
     assert watch.heard(500, 550) is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from sglang_minimax.config import Architecture
 from sglang_minimax.drafts.checks import doubts, refusals
 from sglang_minimax.drafts.config import Draft, guessed_layers
 from sglang_minimax.drafts.judgement import Verdict, draft_config, judge
+from sglang_minimax.drafts.options import Options
+from sglang_minimax.drafts.options import refusals as refused_options
 from sglang_minimax.drafts.tensors import canonical
 from sglang_minimax.errors import ConfigError, LoadError, MinimaxError
 from sglang_minimax.loading.files import architecture_of
@@ -95,7 +98,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["takes 4 hidden states", "3 layers would be captured, [0, 1, 3]"],
     ),
     "a layer twice": (layers(0, 1, 1), ["[0, 1, 1]", "names layer 1 twice"]),
-    "a layer too many": (layers(0, 1, 4), ["[0, 1, 4]", "has layers 0 to 3 and no 4"]),
+    "a layer too many": (
+        layers(0, 1, 4),
+        ["[0, 1, 4]", "has layers 0 to 3 and no 4", "[2, 31, 59] is [1, 30, 58] here"],
+    ),
     "a layer before the first": (layers(-2, 1, 3), ["[-2, 1, 3]", "no -2"]),
     "no layers, none to guess": (
         {"eagle_config": REMOVED},
@@ -131,6 +137,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"architectures": ["MiniMaxM2ForCausalLM"]},
         ["is a MiniMaxM2ForCausalLM", "LlamaForCausalLMEagle3"],
     ),
+    "a class that reads one hidden state": (
+        {"architectures": ["LlamaForCausalLMEagle"]},
+        ["is a LlamaForCausalLMEagle", "LlamaForCausalLMEagle3 or Eagle3DeepseekV2ForCausalLM"],
+    ),
+    "a class of nobody": ({"architectures": ["LlamaEagle3Model"]}, ["is a LlamaEagle3Model"]),
     "no architecture": ({"architectures": REMOVED}, ["architectures is None"]),
     "no width": ({"intermediate_size": REMOVED}, ["intermediate_size is missing"]),
     "no layers of its own": ({"num_hidden_layers": 0}, ["num_hidden_layers is 0", "at least 1"]),
@@ -142,6 +153,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "heads that cannot share": ({"num_key_value_heads": 5}, ["16 query heads", "5 KV heads"]),
     "switch that is a text": ({"tie_word_embeddings": "no"}, ["'no'", "true or false"]),
+    "fc_norm by its truth": ({"fc_norm": [1e-6]}, ["no fc_norm.0.weight, fc_norm.1.weight"]),
     "fc_norm without tensors": ({"fc_norm": True}, ["no fc_norm.0.weight, fc_norm.1.weight"]),
     "a bias without a tensor": ({"bias": True}, ["no fc.bias"]),
     "an attention bias without a tensor": ({"attention_bias": True}, ["no layers.0.self_attn.o"]),
@@ -305,6 +317,8 @@ def whole_vocabulary(tensors: State) -> None:
 def test_a_draft_with_the_whole_vocabulary_needs_no_map(tmp_path: Path) -> None:
     config = changed(draft_vocab_size=896)
     assert said(draft_in(tmp_path, config, whole_vocabulary)) == []
+    headless = draft_in(tmp_path / "headless", config, without("lm_head.weight", "d2t", "t2d"))
+    assert "draft_vocab_size to null" in one_sentence(said(headless))
     # And one without a head of its own takes the model's.
     shared = changed(draft_vocab_size=None)
     assert said(draft_in(tmp_path, shared, without("lm_head.weight", "d2t", "t2d"))) == []
@@ -427,7 +441,9 @@ def test_what_sglang_would_guess_is_said(changes: dict[str, Any]) -> None:
     assert refused == []
     sentence = one_sentence(doubted)
     assert "names no layers" in sentence
-    assert "outputs of layers [1, 30, 58]" in sentence
+    assert "outputs of layers [1, 30, 58], as SpecForge does unless told otherwise" in sentence
+    (option,) = re.findall(r"--json-model-override-args '(.*)', or", sentence)
+    assert published(**json.loads(option)) == ([], [])
     assert "SGLANG_MINIMAX_DRAFT=any" in sentence
 
 
@@ -436,7 +452,14 @@ def test_layers_in_the_wrong_place_are_pointed_out() -> None:
     outside = {"eagle_config": REMOVED, "eagle_aux_hidden_state_layer_ids": [2, 31, 59]}
     refused, doubted = published(**outside)
     assert refused == []
-    assert "outside of eagle_config, where SGLang does not look" in one_sentence(doubted)
+    sentence = one_sentence(doubted)
+    assert "outside of eagle_config, where SGLang does not look" in sentence
+    assert "[2, 31, 59] is [1, 30, 58] here" in sentence
+
+
+def test_what_else_eagle_config_says_stays_in_the_remedy() -> None:
+    _, doubted = published(eagle_config={"norm_before_fc": True})
+    assert '{"eagle_config": {"norm_before_fc": true, "eagle_aux' in one_sentence(doubted)
 
 
 def test_a_guess_of_another_number_is_refused() -> None:
@@ -472,6 +495,32 @@ def test_matrices_of_a_quantised_draft_are_left_to_sglang(tmp_path: Path) -> Non
     config = changed(quantization_config={"quant_method": "compressed-tensors"})
     assert said(draft_in(tmp_path, config, change)) == []
     assert "no layers.0.self_attn.q_proj.weight" in said(draft_in(tmp_path, change=change))[0]
+    # As ModelOpt says it, in a file of its own.
+    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    assert said(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({}, Options(rejection_sampling=True), "knows 256 of 896 tokens"),
+        ({"draft_vocab_size": None}, Options(rejection_sampling=True), None),
+        ({"draft_vocab_size": 896}, Options(rejection_sampling=True), None),
+        ({}, Options(quantization="compressed-tensors"), "quantization unquant"),
+        ({}, Options(quantization="awq_marlin"), "--quantization awq_marlin would be the draft's"),
+        ({}, Options(quantization="fp8"), None),
+        ({}, Options(quantization="modelopt_fp4"), None),
+        ({"quantization_config": {}}, Options(quantization="awq_marlin"), None),
+    ],
+)
+def test_options_that_a_draft_does_not_go_with(
+    changes: dict[str, Any], options: Options, words: str | None
+) -> None:
+    found = list(refused_options(Draft.from_config(changed(**changes)), options))
+    if words is None:
+        assert found == []
+    else:
+        assert words in one_sentence(found)
 
 
 @given(st.integers(7, 200))

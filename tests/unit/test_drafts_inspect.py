@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from sglang_minimax import TINY_M2, TINY_M2_EAGLE3
+from sglang_minimax.cli import inspect_draft
 from sglang_minimax.cli.main import app
+from sglang_minimax.drafts import judgement
+from sglang_minimax.legality import Sizes
 from tests.drafts import draft_config, draft_in, layers
 
 
@@ -48,6 +53,28 @@ def test_ranks_are_those_of_an_attention_group(tmp_path: Path) -> None:
     assert inspect(TINY_M2_EAGLE3, "--tp", "32")[0] == 1
     assert inspect(TINY_M2_EAGLE3, "--tp", "32", "--dp", "2")[0] == 0
     assert inspect(TINY_M2_EAGLE3, "--topology", "tp=32,dp=2")[0] == 0
+    sizes = Sizes(tp=32, attention_cp=2)
+    assert inspect_draft.inspect(TINY_M2_EAGLE3, TINY_M2, sizes, None, as_json=True) == 0
+
+
+def test_a_model_whose_weights_are_elsewhere_is_judged(tmp_path: Path) -> None:
+    """By its config.json; only the fingerprint cannot be compared."""
+    shutil.copy(TINY_M2 / "config.json", tmp_path)
+    code, text = inspect(TINY_M2_EAGLE3, target=tmp_path)
+    assert code == 0, text
+    assert "not known, its weights are not there" in text
+    code, text = inspect(TINY_M2_EAGLE3, "--json", target=tmp_path)
+    assert json.loads(text)["fingerprint"] is None
+
+
+def test_the_fingerprint_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = judgement.fingerprint
+    monkeypatch.setattr(
+        judgement, "fingerprint", lambda folder: calls.append(folder) or original(folder)
+    )
+    assert inspect(TINY_M2_EAGLE3)[0] == 0
+    assert calls == [TINY_M2]
 
 
 def test_a_folder_without_a_model_is_one_sentence(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_columns_on_a_single_rank_may_end_in_a_part_of_a_block():
 
 def test_pipeline():
     assert "--pp-size 62 or less" in only(BF16, pp=63)
-    for algorithm in ("EAGLE3", "eagle3", "DFLASH"):
+    for algorithm in ("EAGLE3", "DFLASH"):
         assert "--pp-size 1" in only(BF16, pp=2, speculative_algorithm=algorithm)
     assert refusals(BF16, Launch(pp=2)) == []
 
@@ -178,9 +178,37 @@ def test_no_more_tokens_than_a_tree_drafts():
 
 
 def test_a_loose_verification_is_said():
-    launch = Launch(speculative_algorithm="EAGLE3", accept_threshold=0.5)
-    assert any("accept-threshold of 0.5" in note for note in notes(BF16, launch))
-    assert notes(BF16, replace(launch, accept_threshold=1.0)) == []
+    eagle = Launch(speculative_algorithm="EAGLE3")
+    for name in ("single", "acc"):
+        launch = replace(eagle, **{f"accept_threshold_{name}": 0.5})
+        (note,) = [each for each in notes(BF16, launch) if "would not have sampled" in each]
+        assert f"--speculative-accept-threshold-{name} 0.5," in note
+        assert note.count("threshold") == 1
+    assert not any("threshold" in note for note in notes(BF16, eagle))
+
+
+def test_filters_in_turn_are_said():
+    assert notes(BF16, Launch()) == []
+    (note,) = notes(BF16, Launch(speculative_algorithm="EAGLE3"))
+    assert "both top_k and top_p has top_p applied to what top_k leaves" in note
+
+
+def test_where_sampled_requests_are_not_verified():
+    """ROCm answers them greedily; an NPU without the kernel ends at the first one."""
+    switch = "--speculative-use-rejection-sampling"
+    sentence = only(BF16, hardware="rocm", speculative_algorithm="EAGLE3")
+    assert f"start with {switch}" in sentence
+    assert "--speculative-eagle-topk 1" in sentence
+    assert "whole vocabulary" in sentence
+    sampled = Launch(hardware="rocm", speculative_algorithm="EAGLE3", speculative_options=(switch,))
+    assert refusals(BF16, sampled) == []
+    assert refusals(BF16, Launch(hardware="rocm")) == []
+    for hardware in ("cuda", "cpu", "ascend"):
+        assert refusals(BF16, Launch(hardware=hardware, speculative_algorithm="EAGLE3")) == []
+    none = {"hardware": "ascend", "verifies_sampled": False}
+    sentence = only(BF16, speculative_algorithm="EAGLE3", **none)
+    assert "sgl_kernel_npu of this machine" in sentence
+    assert refusals(BF16, Launch(**none)) == []
 
 
 def test_overlap_and_formats():

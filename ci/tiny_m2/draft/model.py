@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from sglang_minimax.drafts.config import LAYERS_KEY, LLAMA
+from sglang_minimax.drafts.judgement import draft_config
+
 LAYER_IDS = (0, 1, 3)  # of tiny-m2's four layers; id i is the residual after layer i
 DRAFT_VOCAB_SIZE = 256  # replies have 84 of the 896; SGLang pads to multiples of 64
-OWN_KEY = "sglang_minimax"  # our part of config.json
 
 
 def published_config(target: dict[str, Any]) -> dict[str, Any]:
@@ -31,14 +33,14 @@ def published_config(target: dict[str, Any]) -> dict[str, Any]:
     is then split by the same tensor-parallel sizes.
     """
     return {
-        "architectures": ["LlamaForCausalLMEagle3"],
+        "architectures": [LLAMA],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": target["bos_token_id"],
         "draft_vocab_size": DRAFT_VOCAB_SIZE,
         "dtype": "bfloat16",
         "eagle_config": {
-            "eagle_aux_hidden_state_layer_ids": list(LAYER_IDS),
+            LAYERS_KEY: list(LAYER_IDS),
             "use_aux_hidden_state": True,
         },
         "eos_token_id": target["eos_token_id"],
@@ -180,7 +182,7 @@ class Draft(nn.Module):
     def __init__(self, config: dict[str, Any], embedding: Tensor) -> None:
         super().__init__()
         hidden, words = config["hidden_size"], config["draft_vocab_size"]
-        layer_ids = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+        layer_ids = config["eagle_config"][LAYERS_KEY]
         self.fc = nn.Linear(config["target_hidden_size"] * len(layer_ids), hidden, bias=False)
         self.midlayer = MidLayer(config)
         self.norm = nn.RMSNorm(hidden, config["rms_norm_eps"])
@@ -275,13 +277,8 @@ def save_draft(draft: Draft, config: dict[str, Any], folder: Path) -> None:
     write_config(folder, config)
 
 
-def load_config(folder: Path) -> dict[str, Any]:
-    """The folder's `config.json`."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-
 def load_draft(folder: Path, embedding: Tensor) -> Draft:
     """The shipped draft in fp32 arithmetic, with its target's embedding [vocab, hidden]."""
-    draft = Draft(load_config(folder), embedding.float())
+    draft = Draft(draft_config(folder), embedding.float())
     draft.load_state_dict(load_file(folder / "model.safetensors"))
     return draft.eval()

@@ -27,14 +27,15 @@ from ci.tiny_m2.draft.data import Batch, Conversation, Corpus, own_replies, trai
 from ci.tiny_m2.draft.evaluate import STEPS, acceptance, conversations_of
 from ci.tiny_m2.draft.model import (
     DRAFT_VOCAB_SIZE,
-    OWN_KEY,
     Draft,
-    load_config,
     published_config,
     save_draft,
 )
 from ci.tiny_m2.evaluate import load
+from sglang_minimax.drafts.config import FINGERPRINT_KEY, OWN_KEY
 from sglang_minimax.drafts.fingerprint import fingerprint
+from sglang_minimax.drafts.judgement import draft_config
+from sglang_minimax.errors import LoadError
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,8 @@ class Run:
         if not corpus_file.exists():
             made_corpus(recipe, self.target, self.tokenizer).save(corpus_file)
         self.corpus = Corpus.load(corpus_file)
-        self.config = published_config(load_config(target_folder))
-        self.config[OWN_KEY] = {"target_fingerprint": fingerprint(target_folder)}
+        self.config = published_config(draft_config(target_folder))
+        self.config[OWN_KEY] = {FINGERPRINT_KEY: fingerprint(target_folder)}
         words = self.corpus.most_frequent(DRAFT_VOCAB_SIZE, self.config["vocab_size"])
         self.draft = initial_draft(recipe, self.config, self.target, words)
         self.teacher = Teacher(self.target, self.draft)
@@ -158,9 +159,17 @@ class Run:
         self.step = 0
 
     def resume(self) -> None:
-        """Continue from the work folder's state, if there is one."""
+        """Continue from the work folder's state, if there is one.
+
+        Raises LoadError for a state of another recipe, which would be neither's draft.
+        """
         if self.state_file.exists():
             state = torch.load(self.state_file, weights_only=True)
+            if state["recipe"] != asdict(self.recipe):
+                raise LoadError(
+                    f"{self.state_file} is of another recipe, {state['recipe']}; ask for the same "
+                    "one, or give another --work."
+                )
             self.draft.load_state_dict(state["draft"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
@@ -250,7 +259,10 @@ def main(
     torch.set_num_threads(threads)
     recipe = Recipe(seed=seed, samples=samples, steps=steps, learning_rate=learning_rate)
     run = Run(recipe, target, out, work)
-    run.resume()
+    try:
+        run.resume()
+    except LoadError as error:
+        raise SystemExit(str(error)) from error
     asked = {
         name: conversations_of(run.target, run.tokenizer, name, 24, seed=99)
         for name in ("two_digit", "three_digit", "word", "few_shot", "tool_call")

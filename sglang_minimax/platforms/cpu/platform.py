@@ -19,7 +19,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-from sglang_minimax.platforms.cpu.support import EAGLE3
+from sglang_minimax.drafts.config import EAGLE3
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sglang_minimax.config import Architecture
+from sglang_minimax.drafts.config import EAGLE3
 from sglang_minimax.moe_exchange.rules import FREE
 from sglang_minimax.support import Launch
 
-#: The algorithm of drafts that runs here, as SGLang spells it.
-EAGLE3 = "EAGLE3"
 #: SGLang's names of the formats that are dequantised here; `quantised` computes with them.
 QUANTIZATIONS = (
     "fp8",
