@@ -362,7 +362,7 @@ def test_the_cpu_lane(tmp_path: Path) -> None:
     assert {suite for suite, _ in verdicts} == {"gsm8k", "tools"}
     assert found["model"] == "sglang_minimax/assets/tiny-m2"
     assert str(ROOT) not in json.dumps(found["variants"])
-    assert "tp2/gsm8k.jsonl" in json.dumps(found["variants"])
+    assert '"gsm8k.jsonl"' in json.dumps(found["variants"])
     gsm8k = variant["suites"][0]["result"]
     assert gsm8k["scores"]["flexible-extract"]["asked"] == 32
     assert gsm8k["server"]["tp_size"] == 2
