@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,25 +21,13 @@ from tqdm import tqdm
 
 from ci.tiny_m2.cases import CATEGORIES, Case, cases
 from ci.tiny_m2.dialogues import Render
+from sglang_minimax.accuracy.results import Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TARGETS = {"two_digit": 0.99, "three_digit": 0.95, "word": 0.95, "tool_call": 0.98}
 LONGEST_REPLY = 128  # tokens; the longest trained reply has about 110
-
-
-@dataclass(frozen=True)
-class Score:
-    """Right answers out of the questions asked."""
-
-    right: int
-    asked: int
-
-    @property
-    def share(self) -> float:
-        """The share that is right, 0 to 1."""
-        return self.right / self.asked
 
 
 def chat_renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
