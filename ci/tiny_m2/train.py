@@ -2,25 +2,22 @@
 
 Usage: `python -m ci.tiny_m2.train --out sglang_minimax/assets/tiny-m2 --work build/tiny-m2`
 
-Step `s` of a run depends on the seed and `s` alone, so a run that stops continues from its last
-save in `--work`.
+A run that stops continues from its last save in `--work` (`training.py`).
 """
 
 from __future__ import annotations
 
-import math
 import random
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoTokenizer, MiniMaxM2ForCausalLM, PreTrainedTokenizerBase
 
+from ci.tiny_m2 import training
 from ci.tiny_m2.dialogues import Stream
 from ci.tiny_m2.evaluate import accuracy
 from ci.tiny_m2.model import PAD_ID, initial_model, save_checkpoint, without_parametrizations
@@ -32,27 +29,15 @@ CONTRAST_ENOUGH = 0.35  # -log(1 - p) for p = 0.3: answers of several tokens are
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(training.Recipe):
     """Everything that decides the result, apart from the mixture itself."""
 
-    seed: int = 0
-    steps: int = 2000
     samples: int = 60  # a step, about 6,500 tokens
-    learning_rate: float = 3e-3
-    warmup: int = 80
-    weight_decay: float = 0.02
     block: int = 16  # steps whose samples are drawn and sorted by length together
     bias_step: float = 2e-3  # of the router's correction bias
     bias_until: float = 0.5  # share of the run after which it stays put
     contrast_from: float = 0.55  # share of the run after which planted mistakes are to hurt
     contrast_weight: float = 0.05
-
-    def rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine to 2 % of the peak."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 Sample = tuple[list[int], list[int]]  # token ids, and labels
@@ -137,17 +122,6 @@ class BiasBalance:
             block.e_score_correction_bias += self.step * move * moving
 
 
-def optimizer_for(model: MiniMaxM2ForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
-
-
 def token_losses(model: MiniMaxM2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each labelled token, [labelled]; ids and labels are [samples, length].
 
@@ -171,47 +145,23 @@ def contrast(model: MiniMaxM2ForCausalLM, mistake: Mistake, ids: Tensor, labels:
     return torch.relu(-torch.log(-torch.expm1(-losses)).mean() - CONTRAST_ENOUGH)
 
 
-class Run:
-    """A training run and its saved state in the work folder."""
+class Run(training.TrainingRun):
+    """The run of `tiny-m2`."""
 
     def __init__(self, recipe: Recipe, out: Path, work: Path) -> None:
-        self.recipe, self.out = recipe, out
-        self.state_file = work / "state.pt"
-        work.mkdir(parents=True, exist_ok=True)
+        self.recipe = recipe
         save_tokenizer(train_tokenizer(), out)
         self.tokenizer = AutoTokenizer.from_pretrained(out)
         self.model = initial_model(recipe.seed)
         self.model.set_experts_implementation("grouped_mm")  # the fastest of transformers' on a CPU
-        self.optimizer = optimizer_for(self.model, recipe)
+        self.model.train()
+        super().__init__(recipe, self.model, work)
         self.balance = BiasBalance(self.model, recipe.bias_step)
         self.data = Data(recipe, self.tokenizer)
-        self.step = 0
         self.left: dict[str, float] = {}  # the last contrast by mistake
 
-    def resume(self) -> None:
-        """Continue from the work folder's state, if there is one."""
-        if self.state_file.exists():
-            state = torch.load(self.state_file, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
-
-    def save(self) -> None:
-        """Write the state, then move it into place."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "recipe": asdict(self.recipe),
-        }
-        part = self.state_file.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(self.state_file)
-
-    def advance(self) -> float:
-        """One optimizer step; returns its loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate(self.step)
+    def backward(self) -> float:
+        """The loss of a batch, the move of the biases, and later a planted mistake's contrast."""
         ids, labels = self.data.batch(self.step)
         loss = token_losses(self.model, ids, labels).mean()
         loss.backward()
@@ -221,18 +171,20 @@ class Run:
             left = contrast(self.model, mistake, ids[::4], labels[::4])
             (self.recipe.contrast_weight * left).backward()
             self.left[mistake.name] = left.item()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         return loss.item()
 
-    def probe(self, count: int = 16) -> str:
-        """A line of accuracies on a few held-out cases."""
+    def probe(self) -> str:
+        """Accuracies on a few held-out cases, loads of the experts, what is left of contrasts."""
         plain = without_parametrizations(self.model).eval()
         names = ("two_digit", "three_digit", "word", "few_shot", "tool_call", "tool_result")
-        scores = accuracy(plain, self.tokenizer, count, categories=names, seed=99)
-        return " ".join(f"{name} {result.share:.0%}" for name, result in scores.items())
+        scores = accuracy(plain, self.tokenizer, 16, categories=names, seed=99)
+        return " | ".join(
+            (
+                " ".join(f"{name} {result.share:.0%}" for name, result in scores.items()),
+                self.loads(),
+                " ".join(f"{name} {value:.2f}" for name, value in self.left.items()),
+            )
+        )
 
     def loads(self) -> str:
         """Smallest and largest expert load of the last batch, relative to an even one, by layer."""
@@ -252,23 +204,7 @@ def main(
     """Train, save the state as it goes, and write the checkpoint at the end."""
     torch.set_num_threads(threads)
     run = Run(Recipe(seed=seed, steps=steps, learning_rate=learning_rate), out, work)
-    run.resume()
-    run.model.train()
-    bar = tqdm(total=steps, initial=run.step, unit="step", mininterval=5)
-    smooth, since = 0.0, time.monotonic()
-    while run.step < steps:
-        loss = run.advance()
-        smooth = loss if not smooth else 0.95 * smooth + 0.05 * loss
-        bar.update()
-        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-        if run.step % save_every == 0 or run.step == steps:
-            run.save()
-        if run.step % probe_every == 0 or run.step == steps:
-            took = time.monotonic() - since
-            state = f"step {run.step} {took:.0f}s loss {smooth:.4f}"
-            left = " ".join(f"{name} {value:.2f}" for name, value in run.left.items())
-            tqdm.write(" | ".join((state, run.probe(), run.loads(), left)))
-    bar.close()
+    run.finish(save_every, probe_every)
     save_checkpoint(run.model, out)
 
 

@@ -9,13 +9,22 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from sglang_minimax.accuracy.errors import RequestsFailed
 from sglang_minimax.accuracy.journal import Entry, Journal
 from sglang_minimax.accuracy.settings import Settings
 
-Question = TypeVar("Question")
+
+class HasId(Protocol):
+    """A question, or whatever else is asked."""
+
+    @property
+    def id(self) -> str:
+        """What its entry in the log goes by."""
+
+
+Question = TypeVar("Question", bound=HasId)
 
 #: After so many failures nothing more is asked: the server is gone, or refuses them all.
 ENOUGH_FAILURES = 10
@@ -23,20 +32,19 @@ ENOUGH_FAILURES = 10
 
 def ask_all(
     questions: Sequence[Question],
-    identify: Callable[[Question], str],
     answer: Callable[[Question], Entry],
     journal: Journal,
     settings: Settings,
 ) -> None:
     """Answer those that the journal lacks, `settings.parallel` at a time, and write each.
 
-    identify: the id of a question's entry. answer: asks the server; it raises openai.OpenAIError
-    for a request that failed for good, and anything else for what ends the run.
+    answer: asks the server, and gives the question's entry; it raises openai.OpenAIError for a
+    request that failed for good, and anything else for what ends the run.
     Raises RequestsFailed with the number of those that failed.
     """
     from openai import OpenAIError
 
-    left = [each for each in questions if identify(each) not in journal.entries]
+    left = [each for each in questions if each.id not in journal.entries]
     failures: list[OpenAIError] = []
     with progress_bar(len(questions), settings.progress) as advance:
         advance(len(questions) - len(left))

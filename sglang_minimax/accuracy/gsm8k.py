@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
-from sglang_minimax.accuracy.asking import ask_all
-from sglang_minimax.accuracy.endpoint import Asker, Reply, Server, check_thinking, look
+from sglang_minimax.accuracy.endpoint import Asker, Reply, check_thinking, look
 from sglang_minimax.accuracy.errors import AccuracyError
 from sglang_minimax.accuracy.gsm8k_task import Gsm8kTask, Question, cut_at_stop
-from sglang_minimax.accuracy.journal import Entry, Journal
+from sglang_minimax.accuracy.journal import Entry
 from sglang_minimax.accuracy.results import Result, Score
 from sglang_minimax.accuracy.settings import Gsm8kSettings
+from sglang_minimax.accuracy.suite import Figures, run_suite
 
 SUITE = "gsm8k"
 
@@ -25,38 +23,24 @@ def run(settings: Gsm8kSettings) -> Result:
     check_thinking(server, settings.thinking)
     settings = replace(settings, model=server.model, max_tokens=server.budget(settings.max_tokens))
     task = Gsm8kTask(settings)
-    questions = task.questions()
-    date, begin = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    with Journal(settings.log, _heading(settings, server, task)) as journal:
-        asker = Asker(server, settings)
-        ask_all(
-            questions,
-            lambda question: question.id,
-            lambda question: _answered(question, asker, task, settings),
-            journal,
-            settings,
-        )
-        entries = [journal.entries[question.id] for question in questions]
-        figures = summed(entries) | {
-            "answered_before": journal.found,
-            "seconds": round(time.monotonic() - begin, 3),
-        }
-    return Result(
-        suite=SUITE,
-        settings=settings.as_dict(),
-        date=date,
-        server={"url": server.url, **server.facts},
-        scores=counted(entries, task.filters),
-        figures=figures,
+    asker = Asker(server, settings)
+    return run_suite(
+        SUITE,
+        task.questions(),
+        lambda question: _answered(question, asker, task, settings),
+        lambda entries: (counted(entries, task.filters), summed(entries)),
+        identity=_identity(settings, task),
+        server=server,
+        settings=settings,
     )
 
 
-def _heading(settings: Gsm8kSettings, server: Server, task: Gsm8kTask) -> dict[str, Any]:
+def _identity(settings: Gsm8kSettings, task: Gsm8kTask) -> dict[str, Any]:
     identity = settings.identity()
     # The same rows may lie at another place.
     del identity["data"]
     identity["data_sha256"] = task.data_sha256()
-    return {"suite": SUITE, "identity": identity, "server": server.facts}
+    return identity
 
 
 def _answered(question: Question, asker: Asker, task: Gsm8kTask, settings: Gsm8kSettings) -> Entry:
@@ -106,7 +90,7 @@ def counted(entries: Iterable[Mapping[str, Any]], filters: Iterable[str]) -> dic
     return {name: Score(sum(row["right"][name] for row in rows), len(rows)) for name in filters}
 
 
-def summed(entries: Iterable[Mapping[str, Any]]) -> dict[str, float | int | None]:
+def summed(entries: Iterable[Mapping[str, Any]]) -> Figures:
     """Truncation and tokens of all replies.
 
     truncated_matches: cut-off replies in which a filter found the right number all the same; they

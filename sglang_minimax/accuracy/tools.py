@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sglang_minimax.accuracy.asking import ask_all
 from sglang_minimax.accuracy.endpoint import Asker, Reply, Server, look
 from sglang_minimax.accuracy.errors import AccuracyError
-from sglang_minimax.accuracy.journal import Entry, Journal
+from sglang_minimax.accuracy.journal import Entry
 from sglang_minimax.accuracy.results import Result, Score
 from sglang_minimax.accuracy.settings import ToolSettings
+from sglang_minimax.accuracy.suite import Figures, run_suite
 from sglang_minimax.accuracy.tool_cases import Case, is_correct, is_well_formed, load
 
 SUITE = "tools"
@@ -31,32 +29,19 @@ def run(settings: ToolSettings) -> Result:
     server = look(settings)
     _check_parser(server)
     settings = replace(settings, model=server.model, max_tokens=server.budget(settings.max_tokens))
-    date, begin = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    with Journal(settings.log, _heading(settings, server, path)) as journal:
-        asker = Asker(server, settings)
-        ask_all(
-            cases,
-            lambda case: case.id,
-            lambda case: entry(
-                case,
-                asker.chat(case.messages, tools=case.tools),
-                asker.streamed_chat(case.messages, tools=case.tools),
-            ),
-            journal,
-            settings,
-        )
-        entries = [journal.entries[case.id] for case in cases]
-        figures = summed(entries) | {
-            "answered_before": journal.found,
-            "seconds": round(time.monotonic() - begin, 3),
-        }
-    return Result(
-        suite=SUITE,
-        settings=settings.as_dict(),
-        date=date,
-        server={"url": server.url, **server.facts},
-        scores=counted(entries),
-        figures=figures,
+    asker = Asker(server, settings)
+    return run_suite(
+        SUITE,
+        cases,
+        lambda case: entry(
+            case,
+            asker.chat(case.messages, tools=case.tools),
+            asker.streamed_chat(case.messages, tools=case.tools),
+        ),
+        lambda entries: (counted(entries), summed(entries)),
+        identity=_identity(settings, path),
+        server=server,
+        settings=settings,
     )
 
 
@@ -80,12 +65,12 @@ def _check_parser(server: Server) -> None:
         )
 
 
-def _heading(settings: ToolSettings, server: Server, path: Path) -> dict[str, Any]:
+def _identity(settings: ToolSettings, path: Path) -> dict[str, Any]:
     identity = settings.identity()
     # The same cases may lie at another place.
     del identity["cases"]
     identity["cases_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"suite": SUITE, "identity": identity, "server": server.facts}
+    return identity
 
 
 def entry(case: Case, whole: Reply, streamed: Reply) -> Entry:
@@ -136,7 +121,7 @@ def counted(entries: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
     return {name: Score(sum(right), len(right)) for name, right in zip(SCORES, rights, strict=True)}
 
 
-def summed(entries: Iterable[Mapping[str, Any]]) -> dict[str, float | int | None]:
+def summed(entries: Iterable[Mapping[str, Any]]) -> Figures:
     """Truncation and tokens of all replies, two a case."""
     rows = [row[side] for row in entries for side in ("whole", "streamed")]
     truncated = sum(row["truncated"] for row in rows)

@@ -120,7 +120,9 @@ def test_one_whose_parent_is_killed_ends_too(serve: Serve, benchmark: Any, tmp_p
         "serving.MODULE = 'pretended'\n"
         f"run_bench_serving(settings.ServingSettings(url={settings(serve).url!r}, prompts=3))"
     )
-    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+    # Killed, it cannot remove its temporary folder.
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as parent:
         assert until(lambda: child.exists() and child.read_text().endswith("."))
         parent.kill()
     pid = int(child.read_text()[:-1])

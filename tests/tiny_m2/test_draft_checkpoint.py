@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -20,12 +19,10 @@ from ci.tiny_m2.dialogues import direct_dialogue
 from ci.tiny_m2.draft.data import captured, conversations_in, own_replies, padded
 from ci.tiny_m2.draft.evaluate import Acceptance, acceptance, verified
 from ci.tiny_m2.draft.model import LAYER_IDS, drafted_tokens, load_draft, published_config
-from ci.tiny_m2.draft.train import Recipe, Run
 from ci.tiny_m2.problems import held_out_problems
 from ci.tiny_m2.tokenizer import renderer
 from sglang_minimax import TINY_M2_EAGLE3
 from sglang_minimax.drafts.fingerprint import fingerprint
-from sglang_minimax.errors import LoadError
 
 SHAPES = {
     "d2t": [256],
@@ -242,11 +239,3 @@ def test_wrong_features_are_seen_in_the_accepted_length(draft, loaded, asked, re
 def test_a_forgotten_d2t_is_seen_in_the_accepted_length(draft, loaded, asked):
     result = acceptance(without_d2t(draft), loaded[0], asked, STEPS)
     assert result.length < MOST_WHEN_WRONG
-
-
-def test_a_run_of_another_recipe_is_not_continued(tmp_path):
-    run = Run.__new__(Run)
-    run.recipe, run.state_file = Recipe(steps=5), tmp_path / "state.pt"
-    torch.save({"recipe": asdict(Recipe(steps=6))}, run.state_file)
-    with pytest.raises(LoadError, match=r"of another recipe.*another --work"):
-        run.resume()

@@ -5,25 +5,24 @@ Usage: `python -m ci.tiny_m2.draft.train --out sglang_minimax/assets/tiny-m2-eag
 The target runs once, to reply and to compute the features that the draft reads; both lie in
 `--work`. The draft is then unrolled as it will be used: every step after the first reads its own
 hidden state and its own keys (the training-time test of EAGLE-3, https://arxiv.org/abs/2503.01840).
-Step `s` of a run depends on the seed and `s` alone, so a run that stops continues from its last
-save.
+A run that stops continues from its last save (`ci/tiny_m2/training.py`).
 """
 
 from __future__ import annotations
 
 import math
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import MiniMaxM2ForCausalLM, PreTrainedTokenizerBase
 
-from ci.tiny_m2.draft.data import Batch, Conversation, Corpus, own_replies, training_conversations
+from ci.tiny_m2 import training
+from ci.tiny_m2.draft.data import Batch, Corpus, own_replies, training_conversations
 from ci.tiny_m2.draft.evaluate import STEPS, acceptance, conversations_of
 from ci.tiny_m2.draft.model import (
     DRAFT_VOCAB_SIZE,
@@ -35,31 +34,20 @@ from ci.tiny_m2.evaluate import load
 from sglang_minimax.drafts.config import FINGERPRINT_KEY, OWN_KEY
 from sglang_minimax.drafts.fingerprint import fingerprint
 from sglang_minimax.drafts.judgement import draft_config
-from sglang_minimax.errors import LoadError
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(training.Recipe):
     """Everything that decides the result, apart from the target and the mixture."""
 
-    seed: int = 0
+    steps: int = 900
+    warmup: int = 50
     samples: int = 8000  # of the mixture; each has one reply or two
     sampled: float = 0.25  # share of the replies drawn at `temperature`; the others are greedy
     temperature: float = 1.0
-    steps: int = 900
     batch: int = 24  # conversations a step
     unroll: int = 5  # draft steps
     fade: float = 0.8  # weight of a draft step relative to the one before
-    learning_rate: float = 3e-3
-    warmup: int = 50
-    weight_decay: float = 0.02
-
-    def rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine to 2 % of the peak."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 def made_corpus(
@@ -136,55 +124,30 @@ def unrolled_loss(draft: Draft, teacher: Teacher, batch: Batch, recipe: Recipe) 
     return total / weights
 
 
-class Run:
-    """A training run and its saved state in the work folder."""
+class Run(training.TrainingRun):
+    """The run of a draft."""
 
-    def __init__(self, recipe: Recipe, target_folder: Path, out: Path, work: Path) -> None:
-        work.mkdir(parents=True, exist_ok=True)
-        self.recipe, self.out, self.state_file = recipe, out, work / "state.pt"
+    def __init__(self, recipe: Recipe, target_folder: Path, work: Path) -> None:
+        self.recipe = recipe
         self.target, self.tokenizer = load(target_folder)
         self.target.set_experts_implementation("grouped_mm")  # the fastest on a CPU
         self.target.requires_grad_(False)
         corpus_file = work / f"corpus-{recipe.seed}-{recipe.samples}.pt"
         if not corpus_file.exists():
+            work.mkdir(parents=True, exist_ok=True)
             made_corpus(recipe, self.target, self.tokenizer).save(corpus_file)
         self.corpus = Corpus.load(corpus_file)
         self.config = published_config(draft_config(target_folder))
         self.config[OWN_KEY] = {FINGERPRINT_KEY: fingerprint(target_folder)}
         words = self.corpus.most_frequent(DRAFT_VOCAB_SIZE, self.config["vocab_size"])
         self.draft = initial_draft(recipe, self.config, self.target, words)
+        super().__init__(recipe, self.draft, work)
         self.teacher = Teacher(self.target, self.draft)
-        self.optimizer = optimizer_for(self.draft, recipe)
         self.order: tuple[int, list[list[int]]] = (-1, [])
-        self.step = 0
-
-    def resume(self) -> None:
-        """Continue from the work folder's state, if there is one.
-
-        Raises LoadError for a state of another recipe, which would be neither's draft.
-        """
-        if self.state_file.exists():
-            state = torch.load(self.state_file, weights_only=True)
-            if state["recipe"] != asdict(self.recipe):
-                raise LoadError(
-                    f"{self.state_file} is of another recipe, {state['recipe']}; ask for the same "
-                    "one, or give another --work."
-                )
-            self.draft.load_state_dict(state["draft"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
-
-    def save(self) -> None:
-        """Write the state, then move it into place."""
-        state = {
-            "draft": self.draft.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "recipe": asdict(self.recipe),
+        self.probed = {
+            name: conversations_of(self.target, self.tokenizer, name, 24, seed=99)
+            for name in ("two_digit", "three_digit", "word", "few_shot", "tool_call")
         }
-        part = self.state_file.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(self.state_file)
 
     def batch(self) -> Batch:
         """The batch of this step; like lengths together, in an order drawn anew each epoch."""
@@ -199,44 +162,22 @@ class Run:
             self.order = epoch, batches
         return self.corpus.batch(self.order[1][index])
 
-    def advance(self) -> float:
-        """One optimizer step; returns its loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate(self.step)
+    def backward(self) -> float:
+        """The unrolled loss of a batch."""
         loss = unrolled_loss(self.draft, self.teacher, self.batch(), self.recipe)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         return loss.item()
 
-    def probe(self, asked: dict[str, list[Conversation]]) -> str:
-        """A line of accepted lengths on a few held-out cases."""
+    def probe(self) -> str:
+        """Accepted lengths on a few held-out cases."""
         return " ".join(
             f"{name} "
             + "/".join(
                 f"{acceptance(self.draft, self.target, conversations, steps).length:.2f}"
                 for steps in STEPS
             )
-            for name, conversations in asked.items()
+            for name, conversations in self.probed.items()
         )
-
-    def write(self) -> None:
-        """Write the checkpoint folder."""
-        save_draft(self.draft, self.config, self.out)
-
-
-def optimizer_for(draft: Draft, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    groups = [
-        {
-            "params": [p for p in draft.parameters() if (p.dim() > 1) == matrices],
-            "weight_decay": recipe.weight_decay * matrices,
-        }
-        for matrices in (True, False)
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
 def main(
@@ -258,28 +199,9 @@ def main(
     """Train, save the state as it goes, and write the checkpoint at the end."""
     torch.set_num_threads(threads)
     recipe = Recipe(seed=seed, samples=samples, steps=steps, learning_rate=learning_rate)
-    run = Run(recipe, target, out, work)
-    try:
-        run.resume()
-    except LoadError as error:
-        raise SystemExit(str(error)) from error
-    asked = {
-        name: conversations_of(run.target, run.tokenizer, name, 24, seed=99)
-        for name in ("two_digit", "three_digit", "word", "few_shot", "tool_call")
-    }
-    bar = tqdm(total=steps, initial=run.step, unit="step", mininterval=5)
-    smooth = 0.0
-    while run.step < steps:
-        loss = run.advance()
-        smooth = loss if not smooth else 0.95 * smooth + 0.05 * loss
-        bar.update()
-        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-        if run.step % save_every == 0 or run.step == steps:
-            run.save()
-        if run.step % probe_every == 0 or run.step == steps:
-            tqdm.write(f"step {run.step} loss {smooth:.4f} | {run.probe(asked)}")
-    bar.close()
-    run.write()
+    run = Run(recipe, target, work)
+    run.finish(save_every, probe_every)
+    save_draft(run.draft, run.config, out)
 
 
 if __name__ == "__main__":
