@@ -101,7 +101,7 @@ def refusals(arch: Architecture, launch: Launch) -> list[str]:
 
 def notes(arch: Architecture, launch: Launch) -> list[str]:
     """What works at a price, to be said once at start-up: one sentence each."""
-    return [*_padding(arch, launch), *_loose_verification(launch), *_filters_in_turn(launch)]
+    return [*_padding(arch, launch), *_loose_verification(launch)]
 
 
 def _padding(arch: Architecture, launch: Launch) -> Iterator[str]:
@@ -129,16 +129,6 @@ def _loose_verification(launch: Launch) -> Iterator[str]:
         yield (
             f"with {' and '.join(loose)}, drafted tokens are taken that the model would not have "
             "sampled; replies with a temperature are no longer the model's own."
-        )
-
-
-def _filters_in_turn(launch: Launch) -> Iterator[str]:
-    # eagle_sample renormalises between the two, SGLang's sampler (layers/sampler.py) does not.
-    if launch.speculative_algorithm == EAGLE3:
-        yield (
-            f"with {EAGLE3}, a request with both top_k and top_p has top_p applied to what top_k "
-            "leaves, without a draft to the whole distribution; send one of the two where the "
-            "difference matters."
         )
 
 

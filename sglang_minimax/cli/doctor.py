@@ -139,11 +139,9 @@ def _patches(report: Report) -> list[dict[str, str]]:
 
 
 def _moved_symbols(report: Report) -> list[dict[str, str]]:
-    recorded, current = upstream.recorded_signatures(), upstream.current_signatures()
     moved = [
-        {"symbol": symbol, "expected": expected, "found": current.get(symbol, "not imported")}
-        for symbol, expected in recorded.items()
-        if current.get(symbol, expected) != expected
+        {"symbol": symbol, "expected": expected, "found": found}
+        for symbol, (expected, found) in upstream.moved_symbols().items()
     ]
     if moved:
         report.problems.append(

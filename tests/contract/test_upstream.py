@@ -54,6 +54,26 @@ def test_a_symbol_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert "PPMissingLayer" in found
 
 
+def test_a_value_has_to_be_there_whatever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU, some names are functions that are None here."""
+    from sglang.kernels.ops.speculative import verify_sampling
+
+    assert upstream.moved_symbols() == {}
+    name = "tree_speculative_sampling_target_only"
+    monkeypatch.setattr(verify_sampling, name, lambda probs: probs)
+    assert upstream.moved_symbols() == {}
+    monkeypatch.delattr(verify_sampling, name)
+    (moved,) = upstream.moved_symbols()
+    assert moved == f"sglang.kernels.ops.speculative.verify_sampling:{name}"
+
+
+def test_an_original_is_found_behind_two_entries() -> None:
+    symbol = "sglang.kernels.ops.sampling.renorm:top_k_renorm_prob"
+    _, _, replaced = upstream.resolve(symbol)
+    assert replaced.__sglang_original__.__sglang_original__ is None
+    assert upstream.signature_of(symbol) == upstream.VALUE
+
+
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.target)
 def test_an_entry_says_what_it_must(entry: Patch | Registration) -> None:
     for field in dataclasses.fields(entry):

@@ -17,6 +17,7 @@ from jit_kernels.qk_norm_rope import op as prologue
 from jit_kernels.router import op as router
 from sglang_minimax import plugin, upstream
 from sglang_minimax.cli.main import app
+from sglang_minimax.patches.upstream import MODEL_PATCHES
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -96,7 +97,7 @@ def test_another_release(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_hook_that_did_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    target = upstream.PATCHES[0].target
+    target = MODEL_PATCHES[0].target
     monkeypatch.setitem(plugin._status, target, "AttributeError: gone")
     status, found = report()
     assert status == 1

@@ -42,8 +42,8 @@ SHAPES = {
     "midlayer.mlp.down_proj.weight": [128, 512],
 }
 STEPS = 3
-LEAST = 3.2  # 3.58 observed, and 2.80 with the mildest of the mistakes below
-MOST_WHEN_WRONG = 3.0
+LEAST = 3.3  # 3.58 observed, and 2.91 with the mildest of the mistakes below
+MOST_WHEN_WRONG = 3.2
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sglang_minimax import ARCHITECTURE
+from sglang_minimax.patches.joint_filters import (
+    filter_the_whole,
+    join_for_ours,
+    joined,
+    remember_the_whole,
+)
 from sglang_minimax.platforms.cpu.speculation import trees
 from tests.unit.draft_mistakes import mistaken
 
@@ -288,26 +296,70 @@ def filtered_by_sglang(probs: Tensor, top_k: int, top_p: float) -> Tensor:
     return kept / kept.sum(dim=1, keepdim=True)
 
 
-def test_both_filters_in_one_request_keep_less_than_sglangs_sampler() -> None:
-    """0.5 of 0.8 exceeds 0.6, so that verification drops the second; 0.5 of the whole does not.
-
-    In the order of eagle_sample: by top-k, scaled, then by top-p.
-    """
-    probs = torch.tensor([[0.5, 0.3, 0.2]])
-    in_turn = trees.keep_top_p(trees.keep_top_k(probs, torch.tensor([2])), torch.tensor([0.6]))
-    assert in_turn.tolist() == [[1, 0, 0]]
-    assert filtered_by_sglang(probs, 2, 0.6).tolist() == [pytest.approx([0.625, 0.375, 0])]
-    # One of them alone means the same.
-    alone = trees.keep_top_p(probs, torch.tensor([0.6]))
-    torch.testing.assert_close(alone, filtered_by_sglang(probs, 3, 0.6))
-
-
-def test_eagle_sample_filters_in_that_order() -> None:
+def filtered_in_turn(probs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """What is left by the two functions that `eagle_sample` calls, one after the other."""
     from sglang.srt.speculative import eagle_utils
 
-    source = inspect.getsource(eagle_utils.eagle_sample)
+    left = eagle_utils.top_k_renorm_prob(probs, torch.full((len(probs),), top_k))
+    return eagle_utils.top_p_renorm_prob(left, torch.full((len(probs),), top_p))
+
+
+def test_both_filters_in_one_request_keep_what_sglangs_sampler_keeps() -> None:
+    """0.5 of 0.8 exceeds 0.6, so that one after the other drops the second; 0.5 of all does not."""
+    probs = torch.tensor([[0.5, 0.3, 0.2]])
+    assert filtered_by_sglang(probs, 2, 0.6).tolist() == [pytest.approx([0.625, 0.375, 0])]
+    with joined():
+        assert filtered_in_turn(probs, 2, 0.6).tolist() == [pytest.approx([0.625, 0.375, 0])]
+    # Another model gets what SGLang gives it.
+    assert filtered_in_turn(probs, 2, 0.6).tolist() == [[1, 0, 0]]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    top_k=st.integers(1, 9),
+    top_p=st.floats(0.05, 1.0, allow_subnormal=False),
+)
+def test_filters_are_joined_as_in_sglangs_sampler(seed: int, top_k: int, top_p: float) -> None:
+    """Without ties; to a rounding of the last division, which the sampler leaves to multinomial."""
+    logits = 2 * torch.randn(3, 8, generator=torch.Generator().manual_seed(seed))
+    probs = logits.softmax(dim=-1)
+    with joined():
+        left = filtered_in_turn(probs, top_k, top_p)
+    torch.testing.assert_close(left, filtered_by_sglang(probs, top_k, top_p), rtol=1e-6, atol=0)
+
+
+def test_eagle_sample_filters_by_k_and_then_by_p() -> None:
+    """What top-k leaves goes to top-p as it is: the whole distribution is found beside it."""
+    from sglang.srt.speculative import eagle_utils
+
+    source = inspect.getsource(inspect.unwrap(eagle_utils.eagle_sample))
     by_k, by_p = (source.index(f"target_probs = top_{each}_renorm_prob(") for each in "kp")
-    assert by_k < by_p
+    between = source[by_k:by_p].replace("target_probs = top_k_renorm_prob(", "")
+    assert 0 < by_k < by_p
+    assert "target_probs =" not in between
+
+
+@pytest.mark.parametrize(
+    ("architecture", "ours"), [(ARCHITECTURE, True), ("LlamaForCausalLM", False)]
+)
+def test_filters_are_joined_for_our_model_alone(architecture: str, ours: bool) -> None:
+    probs = torch.tensor([[0.5, 0.3, 0.2]])
+    batch = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
+    )
+
+    def eagle_sample(verify_input: object, batch: object, *rest: object, mask: object) -> Tensor:
+        assert (verify_input, rest, mask) == ("input", ("output",), "mask")
+        return filtered_in_turn(probs, 2, 0.6)
+
+    left = join_for_ours(eagle_sample)("input", batch, "output", mask="mask")
+    assert (left > 0).sum() == (2 if ours else 1)
+
+
+def test_a_platform_without_filters_gets_none() -> None:
+    assert remember_the_whole(None) is None
+    assert filter_the_whole(None) is None
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

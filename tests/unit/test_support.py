@@ -187,12 +187,6 @@ def test_a_loose_verification_is_said():
     assert not any("threshold" in note for note in notes(BF16, eagle))
 
 
-def test_filters_in_turn_are_said():
-    assert notes(BF16, Launch()) == []
-    (note,) = notes(BF16, Launch(speculative_algorithm="EAGLE3"))
-    assert "both top_k and top_p has top_p applied to what top_k leaves" in note
-
-
 def test_where_sampled_requests_are_not_verified():
     """ROCm answers them greedily; an NPU without the kernel ends at the first one."""
     switch = "--speculative-use-rejection-sampling"

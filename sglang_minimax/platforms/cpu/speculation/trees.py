@@ -256,8 +256,7 @@ def keep_top_p(probs: Tensor, top_ps: Tensor) -> Tensor:
     """[rows, vocabulary] probabilities of which each row keeps the largest, summing to 1.
 
     A token stays where those before it sum to at most `top_ps`, as in SGLang's sampler in PyTorch.
-    SGLang's verification comes here with what `keep_top_k` leaves, scaled to 1, where its sampler
-    has the sum over the whole distribution: a request with both options keeps fewer tokens here.
+    What becomes of a request with both options is in `patches/joint_filters.py`.
     """
     ordered, index = probs.sort(dim=-1, descending=True, stable=True)
     dropped = ordered.cumsum(dim=-1) - ordered > top_ps.unsqueeze(-1)
