@@ -37,7 +37,7 @@ LOG = Path("build/accuracy_matrix.jsonl")
 NAME = "accuracy_matrix"
 #: So many the committed results have. Every ten lines of the set hold each of its kinds, and
 #: replies are compared token by token.
-QUESTIONS = 20
+QUESTIONS = 50
 BUNDLED_QUESTIONS = 200
 ROOT = Path(__file__).parents[1]
 #: What decides a cell's row beside model, draft and data.
