@@ -41,12 +41,21 @@ def join_for_ours(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def eagle_sample(verify_input: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if ARCHITECTURE not in (batch.model_config.hf_config.architectures or []):
+        if not (_is_ours(batch) and _has_both(batch.sampling_info)):
             return original(verify_input, batch, *args, **kwargs)
         with joined():
             return original(verify_input, batch, *args, **kwargs)
 
     return eagle_sample
+
+
+def _is_ours(batch: Any) -> bool:
+    return ARCHITECTURE in (batch.model_config.hf_config.architectures or [])
+
+
+def _has_both(sampling: Any) -> bool:
+    # The idle rank of a DP group may have none.
+    return bool(sampling and sampling.need_top_k_sampling and sampling.need_top_p_sampling)
 
 
 def remember_the_whole(original: Filter | None) -> Filter | None:
@@ -67,16 +76,17 @@ def filter_the_whole(original: Filter | None) -> Filter | None:
     """Wrap `top_p_renorm_prob(probs, top_ps)`, which is None where a platform has none.
 
     Of what top-k has left, a token stays if top-p keeps it in the whole distribution. The most
-    likely token passes both, so the sum is never 0.
+    likely token passes both, so the sum is never 0. Each of the tensors is as large as the logits:
+    what top-k has left is filtered in place, and the whole is let go.
     """
     if original is None:
         return None
 
     def top_p_renorm_prob(probs: Tensor, top_ps: Tensor) -> Tensor:
-        whole = getattr(probs, _WHOLE, None)
+        whole = vars(probs).pop(_WHOLE, None)
         if whole is None:
             return original(probs, top_ps)
-        kept = probs.masked_fill(original(whole, top_ps) <= 0, 0)
-        return kept.div_(kept.sum(dim=-1, keepdim=True))
+        probs.masked_fill_(original(whole, top_ps) <= 0, 0)
+        return probs.div_(probs.sum(dim=-1, keepdim=True))
 
     return top_p_renorm_prob

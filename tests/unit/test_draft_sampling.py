@@ -340,21 +340,43 @@ def test_eagle_sample_filters_by_k_and_then_by_p() -> None:
     assert "target_probs =" not in between
 
 
-@pytest.mark.parametrize(
-    ("architecture", "ours"), [(ARCHITECTURE, True), ("LlamaForCausalLM", False)]
-)
-def test_filters_are_joined_for_our_model_alone(architecture: str, ours: bool) -> None:
-    probs = torch.tensor([[0.5, 0.3, 0.2]])
-    batch = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
-    )
+def verified(architecture: str, sampling: SimpleNamespace | None) -> Tensor:
+    """What a batch's verification leaves of 0.5, 0.3, 0.2 by top-k 2 and top-p 0.6."""
+    config = SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
+    batch = SimpleNamespace(model_config=config, sampling_info=sampling)
 
     def eagle_sample(verify_input: object, batch: object, *rest: object, mask: object) -> Tensor:
         assert (verify_input, rest, mask) == ("input", ("output",), "mask")
-        return filtered_in_turn(probs, 2, 0.6)
+        return filtered_in_turn(torch.tensor([[0.5, 0.3, 0.2]]), 2, 0.6)
 
-    left = join_for_ours(eagle_sample)("input", batch, "output", mask="mask")
-    assert (left > 0).sum() == (2 if ours else 1)
+    return join_for_ours(eagle_sample)("input", batch, "output", mask="mask")
+
+
+def test_filters_are_joined_for_our_model_alone() -> None:
+    both = SimpleNamespace(need_top_k_sampling=True, need_top_p_sampling=True)
+    assert (verified(ARCHITECTURE, both) > 0).sum() == 2
+    assert (verified("LlamaForCausalLM", both) > 0).sum() == 1
+    verified(ARCHITECTURE, None)  # idle
+
+
+def test_the_whole_is_kept_only_as_long_as_it_is_needed() -> None:
+    """It is as large as the logits, so that a launch would have less room than it was given."""
+    from sglang.srt.speculative import eagle_utils
+
+    probs = torch.tensor([[0.5, 0.3, 0.2]])
+    with joined():
+        left = eagle_utils.top_k_renorm_prob(probs, torch.tensor([2]))
+        assert any(each is probs for each in vars(left).values())
+        assert vars(eagle_utils.top_p_renorm_prob(left, torch.tensor([0.6]))) == {}
+    only_k = SimpleNamespace(need_top_k_sampling=True, need_top_p_sampling=False)
+    with_k: list[Tensor] = []
+
+    def eagle_sample(verify_input: object, batch: object) -> None:
+        with_k.append(eagle_utils.top_k_renorm_prob(probs, torch.tensor([2])))
+
+    config = SimpleNamespace(hf_config=SimpleNamespace(architectures=[ARCHITECTURE]))
+    join_for_ours(eagle_sample)(None, SimpleNamespace(model_config=config, sampling_info=only_k))
+    assert vars(with_k[0]) == {}
 
 
 def test_a_platform_without_filters_gets_none() -> None:

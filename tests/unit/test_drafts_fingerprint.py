@@ -40,13 +40,13 @@ def plain() -> State:
     return {name: stored_plain(name, value) for name, value in tiny().items()}
 
 
-def print_of(tensors: State, folder: Path, **changes: object) -> str:
+def fingerprint_of(tensors: State, folder: Path, **changes: object) -> str:
     return fingerprint(write(Fixture("x", config(**changes), tensors, {}), folder))
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return print_of(plain(), tmp_path_factory.mktemp("plain"))
+    return fingerprint_of(plain(), tmp_path_factory.mktemp("plain"))
 
 
 def test_of_the_bundled_model() -> None:
@@ -101,7 +101,7 @@ def other_experts(tensors: State) -> State:
     ids=["awq", "fp32", "fp16", "transformers", "mlp", "wrapper", "experts"],
 )
 def test_same_model(change: Change, original: str, tmp_path: Path) -> None:
-    assert print_of(change(plain()), tmp_path) == original
+    assert fingerprint_of(change(plain()), tmp_path) == original
 
 
 def one_value(name: str) -> Change:
@@ -125,7 +125,7 @@ def swapped(tensors: State) -> State:
     ids=["q_norm", "last norm", "k_norm", "layers swapped"],
 )
 def test_another_model(change: Change, original: str, tmp_path: Path) -> None:
-    assert print_of(change(plain()), tmp_path) != original
+    assert fingerprint_of(change(plain()), tmp_path) != original
 
 
 def test_layers_for_multi_token_prediction_do_not_count(original: str, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_layers_for_multi_token_prediction_do_not_count(original: str, tmp_path:
         for name, value in tensors.items()
         if "layers.1." in name
     }
-    assert print_of(tensors, tmp_path, num_mtp_modules=1) == original
+    assert fingerprint_of(tensors, tmp_path, num_mtp_modules=1) == original
 
 
 def test_shards_do_not_matter(tmp_path: Path) -> None:
@@ -155,23 +155,23 @@ def test_a_missing_norm_is_named(tmp_path: Path) -> None:
     tensors = plain()
     del tensors[Q_NORM]
     with pytest.raises(LoadError, match=rf"has no {Q_NORM}, .*num_hidden_layers"):
-        print_of(tensors, tmp_path)
+        fingerprint_of(tensors, tmp_path)
 
 
 def test_a_norm_under_two_names_is_named(tmp_path: Path) -> None:
     tensors = plain()
     tensors[f"language_model.{Q_NORM}"] = tensors[Q_NORM]
     with pytest.raises(LoadError, match=f"has {Q_NORM} under two names"):
-        print_of(tensors, tmp_path)
+        fingerprint_of(tensors, tmp_path)
 
 
 def test_a_norm_of_another_type_is_named(tmp_path: Path) -> None:
     tensors = plain() | {LAST_NORM: torch.ones(128, dtype=torch.int8)}
     with pytest.raises(LoadError, match="is I8, expected BF16, F16 or F32"):
-        print_of(tensors, tmp_path)
+        fingerprint_of(tensors, tmp_path)
     tensors[LAST_NORM] = torch.ones(128).to(torch.float8_e4m3fn)
     with pytest.raises(LoadError, match="is F8_E4M3, expected"):
-        print_of(tensors, tmp_path)
+        fingerprint_of(tensors, tmp_path)
 
 
 def test_a_folder_without_a_configuration_is_named(tmp_path: Path) -> None:
