@@ -121,9 +121,15 @@ def _positive(key: str, value: Any) -> float:
 def _check_fixed(reader: _Reader) -> None:
     names = reader.present("architectures")
     if names is not _ABSENT and list(names) and ARCHITECTURE not in names:
+        is_draft = any("eagle3" in str(name).lower() for name in names)
+        way_out = (
+            "it is a draft, name the model that it was trained for beside it (inspect: --target)."
+            if is_draft
+            else "serve another model without sglang-minimax."
+        )
         _refuse(
             f"config: architectures is {list(names)}, but this package runs {ARCHITECTURE} only; "
-            "serve another model without sglang-minimax."
+            + way_out
         )
     for key, only in FIXED.items():
         value = reader.raw(key)

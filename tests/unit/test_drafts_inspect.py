@@ -30,6 +30,13 @@ def test_the_bundled_draft_fits() -> None:
     assert text.count("592e4ad68c666821") == 2
 
 
+def test_a_draft_without_its_model_says_what_to_add() -> None:
+    found = CliRunner().invoke(app, ["inspect", str(TINY_M2_EAGLE3)])
+    assert found.exit_code == 1
+    assert "it is a draft" in found.output
+    assert "--target" in found.output
+
+
 def test_what_speaks_against_a_draft_is_printed(tmp_path: Path) -> None:
     draft = draft_in(tmp_path, draft_config(**layers(0, 1, 1)))
     code, text = inspect(draft)
