@@ -231,6 +231,14 @@ def _heads(draft: Draft, ranks: int) -> Iterator[str]:
 
 
 def _stored(draft: Draft, tensors: Tensors) -> Iterator[str]:
+    stored = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    # Not layer by layer: a number that is nonsense would take all memory.
+    if draft.num_layers > max(1, len(stored)):
+        yield (
+            f"the draft has a num_hidden_layers of {draft.num_layers}, but its files hold "
+            f"{len(stored)} layer(s); correct config.json of the draft."
+        )
+        return
     needed = list(wanted(draft, tensors))
     if draft.quantised:  # which names and shapes its matrices have is the quantiser's business
         needed = [each for each in needed if not each.matrix]

@@ -162,3 +162,10 @@ def test_a_narrower_draft_needs_its_own_embedding(tmp_path: Path) -> None:
     assert "embed_tokens.weight" in sentence
     shared = {**config, "draft_vocab_size": None}
     assert "the model's head takes 128" in one_sentence(said(draft_in(tmp_path, shared, change)))
+
+
+@pytest.mark.parametrize("count", [2, 10**12])
+def test_layers_that_are_not_there_are_counted_and_not_listed(count: int, tmp_path: Path) -> None:
+    """A list of 10**12 layers would take all memory of the machine."""
+    sentence = one_sentence(said(draft_in(tmp_path, changed(num_hidden_layers=count))))
+    assert f"num_hidden_layers of {count}, but its files hold 1 layer(s)" in sentence
