@@ -152,8 +152,8 @@ class Runner:
         log = self.folder / "server.log"
         text = log.read_text(errors="replace")
         for line in [*lines_of(text)][-LAST_LINES:]:
-            self.console.print(f"  {line}", markup=False)
-        self.console.print(f"  (all of it: {log})", markup=False)
+            self.console.print(f"  {line}", markup=False, soft_wrap=True)
+        self.console.print(f"  (all of it: {log})", markup=False, soft_wrap=True)
         said = sentence_of(text)
         return f"{error} It said: {said}" if said else str(error)
 
