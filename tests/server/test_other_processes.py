@@ -45,7 +45,7 @@ def test_the_offline_benchmark(tmp_path: Path) -> None:
         [*command, *sizes, "--result-filename", str(tmp_path / "r.jsonl")],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=180,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -43,7 +43,7 @@ SHAPES = {
 }
 STEPS = 3
 LEAST = 3.3  # 3.58 observed, and 2.91 with the mildest of the mistakes below
-MOST_WHEN_WRONG = 3.2
+MOST_WHEN_WRONG = 3.0
 
 
 @pytest.fixture(scope="module")
